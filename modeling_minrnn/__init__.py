@@ -1,0 +1,37 @@
+"""minGRU and minLSTM (arXiv 2410.01201) for transformers. Importing it registers them with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_minrnn import MinRNNConfig
+from .modeling_minrnn import (
+    MinRNNForCausalLM,
+    MinRNNForSequenceClassification,
+    MinRNNForTokenClassification,
+    MinRNNModel,
+    MinRNNPreTrainedModel,
+)
+from .scan import minrnn_scan
+
+__version__ = "0.1.0"
+
+AutoConfig.register("minrnn", MinRNNConfig)
+AutoModel.register(MinRNNConfig, MinRNNModel)
+AutoModelForCausalLM.register(MinRNNConfig, MinRNNForCausalLM)
+AutoModelForSequenceClassification.register(MinRNNConfig, MinRNNForSequenceClassification)
+AutoModelForTokenClassification.register(MinRNNConfig, MinRNNForTokenClassification)
+
+__all__ = [
+    "MinRNNConfig",
+    "MinRNNForCausalLM",
+    "MinRNNForSequenceClassification",
+    "MinRNNForTokenClassification",
+    "MinRNNModel",
+    "MinRNNPreTrainedModel",
+    "minrnn_scan",
+]

@@ -1,0 +1,154 @@
+"""The recurrent state as a cache layer: what DynamicCache and StaticCache keep for each MinRNN layer.
+
+`keys` is the recurrent state (B, D), in float32 (float64 for a float64 model); `values` is the convolution window
+(B, K - 1, H). Neither grows with the sequence. Importing this module registers both layers with transformers.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+MAX_ROLLBACK_TOKENS = 128  # more than any assistant drafts at once
+
+
+class MinRNNDynamicLayer(CacheLayerMixin):
+    """The state after the tokens seen so far; after `activate_past_recording`, also after each of the latest ones."""
+
+    _layer_type = "minrnn"
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.cumulative_length = 0
+        self.record_past = False
+        self.past: list[tuple[Tensor, Tensor]] = []  # (keys, values) after each of the latest tokens, oldest first
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = torch.zeros_like(key_states), torch.zeros_like(value_states)
+        self.is_initialized = True
+
+    def get_state(self, initial_state: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        """State (B, D) and window (B, K - 1, H) to go on from: the two given where nothing has been seen yet.
+
+        Raises ValueError if the cache was filled with another batch size or by a model of another shape.
+        """
+        if not self.is_initialized:
+            return initial_state, window
+        for name, kept, needed in (("state", self.keys, initial_state), ("window", self.values, window)):
+            if kept.shape != needed.shape:
+                raise ValueError(
+                    f"past_key_values holds a {name} of shape {tuple(kept.shape)} where this model and batch need "
+                    f"{tuple(needed.shape)}; pass the cache of the same model and batch, or a new one"
+                )
+        return self._state_or_start(initial_state, window)
+
+    def _state_or_start(self, initial_state: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.keys, self.values) if self.cumulative_length else (initial_state, window)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, num_tokens: int = 1, past: list[tuple[Tensor, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Replace the state and window, `num_tokens` further on.
+
+        past: (state, window) after each of the latest of these tokens, the last one included; needed for `crop` where
+            `record_past` is set.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.record_past:
+            before = self.past or [(self.keys, self.values)] if self.cumulative_length else []
+            self.past = [*before, *past][-MAX_ROLLBACK_TOKENS - 1 :]
+        self._store(key_states, value_states, num_tokens)
+        return self.keys, self.values
+
+    def _store(self, key_states: Tensor, value_states: Tensor, num_tokens: int) -> None:
+        self.keys, self.values = key_states, value_states
+        self.cumulative_length += num_tokens
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back by -tokens_to_remove tokens; 0 drops the recorded past. Positive counts are refused.
+
+        Raises:
+            ValueError: for a positive count, or a step back past what was recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"a recurrent state is cropped by a negative number of tokens, not {tokens_to_remove}")
+        if tokens_to_remove < 0:
+            if tokens_to_remove < -self.cumulative_length or -tokens_to_remove >= len(self.past):
+                raise ValueError(
+                    f"cannot go back {-tokens_to_remove} tokens: {max(len(self.past) - 1, 0)} are recorded (at most "
+                    f"{MAX_ROLLBACK_TOKENS}, from activate_past_recording() on)"
+                )
+            state, window = self.past[tokens_to_remove - 1]
+            self._store(state, window, tokens_to_remove)
+        self.past = []
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    def reset(self) -> None:
+        super().reset()
+        self.past = []
+
+    def _map(self, function) -> None:
+        if self.is_initialized:
+            self.keys, self.values = function(self.keys), function(self.values)
+            self.past = [(function(state), function(window)) for state, window in self.past]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda tensor: tensor[indices])
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[0] if self.is_initialized else -1
+
+
+class MinRNNStaticLayer(MinRNNDynamicLayer):
+    """The same in tensors whose addresses never change, so that a compiled decode step is not compiled again."""
+
+    _layer_type = None  # the base class would file it among the dynamic layers
+    is_compileable = True
+    is_croppable = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.cumulative_length = torch.zeros((), dtype=torch.long, device=key_states.device)
+        if not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+
+    def _state_or_start(self, initial_state: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+        started = self.cumulative_length > 0  # `values` are zero until then, as the first window is
+        return torch.where(started, self.keys, initial_state), self.values
+
+    def _store(self, key_states: Tensor, value_states: Tensor, num_tokens: int) -> None:
+        self.keys.copy_(key_states)
+        self.values.copy_(value_states)
+        self.cumulative_length.add_(num_tokens)
+
+    def activate_past_recording(self) -> None:
+        """Nothing: `is_croppable` is False."""
+
+
+STATIC_LAYER_TYPE_MAPPING["minrnn"] = MinRNNStaticLayer

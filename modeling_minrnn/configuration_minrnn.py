@@ -1,0 +1,138 @@
+"""Configuration of the MinRNN models."""
+
+import dataclasses
+import difflib
+import functools
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+from .scan import BACKENDS, GATES
+
+
+def raise_value_errors(config_class):
+    """Turn what `strict` raises while a configuration is built into a ValueError of one line."""
+    build = config_class.__init__
+
+    @functools.wraps(build)
+    def __init__(self, *args, **kwargs):
+        try:
+            build(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+@raise_value_errors
+@strict
+class MinRNNConfig(PreTrainedConfig):
+    """Shape and behaviour of a MinRNN model, minGRU or minLSTM (arXiv 2410.01201).
+
+    Each layer is `x + conv(x)`, then `x + rnn(norm(x))`, then `x + mlp(norm(x))`.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: H, width of the residual stream.
+        num_hidden_layers: layers.
+        cell_type: "mingru" (one gate) or "minlstm" (forget and input gate).
+        expansion_factor: width of the recurrent state D / H; D is rounded down to an integer.
+        conv_kernel_size: tokens that the causal depthwise convolution sees, itself included; 0 for no convolution.
+        intermediate_size: width of the MLP; None for 4 H, 0 for no MLP.
+        hidden_act: activation of the MLP, a name from `transformers.activations.ACT2FN`.
+        rms_norm_eps: added to the mean square in the norms.
+        dropout: probability, on the embeddings and on what the RNN and the MLP add to the residual stream.
+        learned_initial_state: train the state that every sequence starts from, and that every reset returns to,
+            instead of zero.
+        max_timescale: None, or chrono initialisation (Tallec & Ollivier 2018): a bias on the gates such that the
+            memory of the channels, 1 / -log(a), is at first log-uniform in 1..max_timescale tokens.
+        initializer_range: standard deviation of the initial weights; projections into the residual stream start at
+            initializer_range / sqrt(2 num_hidden_layers).
+        tie_word_embeddings: one matrix for the embedding and the language-model head.
+        use_cache: return the recurrent state from forward passes.
+        scan_backend: how the recurrence is computed, see `scan.minrnn_scan`.
+
+    Raises:
+        ValueError: for a field that does not exist, has the wrong type or a value out of its range.
+    """
+
+    model_type = "minrnn"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.rnn.in_proj": "colwise_gather_output",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "padding_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 256
+    hidden_size: int = 384
+    num_hidden_layers: int = 6
+    cell_type: str = "mingru"
+    expansion_factor: int | float = 1
+    conv_kernel_size: int = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    rms_norm_eps: float = 1e-6
+    dropout: int | float = 0.0
+    learned_initial_state: bool = False
+    max_timescale: int | float | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    scan_backend: str = "auto"
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in kwargs:
+            # Other unknown names are kept, as everywhere in transformers: libraries add their own to a saved config.
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+            if nearest and not hasattr(PreTrainedConfig, name):
+                raise ValueError(f"MinRNNConfig has no field {name!r}; did you mean {nearest[0]!r}?")
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def state_size(self) -> int:
+        """D, channels of recurrent state in each layer."""
+        return int(self.hidden_size * self.expansion_factor)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache that each layer keeps, see `cache_minrnn`."""
+        return ["minrnn"] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """Nothing to check: transformers' own list of layer types is closed, and `layer_types` is derived."""
+
+    def validate_architecture(self):
+        """Values out of range: ValueError that names the field."""
+        smallest = {
+            "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "conv_kernel_size": 0, "intermediate_size": 0,
+            "rms_norm_eps": 0, "initializer_range": 0, "state_size": 1,
+        }  # fmt: skip
+        for name, least in smallest.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.max_timescale is not None and not self.max_timescale >= 1:
+            raise ValueError(f"max_timescale must be None or at least 1 token, not {self.max_timescale}")
+        for name, known in (("cell_type", GATES), ("scan_backend", BACKENDS), ("hidden_act", ACT2FN)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {sorted(known)}, not {getattr(self, name)!r}")
+
+
+__all__ = ["MinRNNConfig"]

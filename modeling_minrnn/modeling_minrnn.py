@@ -1,0 +1,484 @@
+"""MinRNN models for transformers: minGRU and minLSTM (arXiv 2410.01201) as language models and classifiers.
+
+B batch, T time, H hidden size, D state width, K convolution kernel size. A batch goes through MinRNNForCausalLM ->
+MinRNNModel -> MinRNNDecoderLayer -> `causal_conv` and `minrnn_scan`. Generation takes the same way with T = 1, and
+with the state from the cache as the initial state.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_minrnn import MAX_ROLLBACK_TOKENS
+from .causal_conv import causal_conv, conv_taps, windows_after
+from .configuration_minrnn import MinRNNConfig
+from .scan import GATES, minrnn_scan, state_dtype
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers < 5.20
+
+    def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+
+# Every class that a saved model can be loaded as, for transformers' Auto classes.
+AUTO_MAP = {
+    "AutoConfig": "configuration_minrnn.MinRNNConfig",
+    "AutoModel": "modeling_minrnn.MinRNNModel",
+    "AutoModelForCausalLM": "modeling_minrnn.MinRNNForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_minrnn.MinRNNForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_minrnn.MinRNNForTokenClassification",
+}
+
+
+# Held-out loss of configs/shakespeare-char-cpu.yaml by this: 0.2 is 0.02 below both 0 and 0.02.
+CONV_INITIALIZER_STD = 0.2
+
+
+class MinRNNCausalConv(nn.Module):
+    """What the convolution adds to the residual stream."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.conv_kernel_size))
+        self.backend = config.scan_backend
+
+    def forward(self, hidden_states: Tensor, window: Tensor, taps: Tensor | None) -> Tensor:
+        return causal_conv(hidden_states, self.weight, window, taps, self.backend)
+
+
+class MinRNNRecurrence(nn.Module):
+    """in_proj -> scan -> out_proj."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__()
+        self.cell_type, self.backend = config.cell_type, config.scan_backend
+        width = GATES[config.cell_type] * config.state_size
+        self.in_proj = nn.Linear(config.hidden_size, width, bias=config.max_timescale is not None)
+        self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
+        if config.learned_initial_state:
+            self.initial_state = nn.Parameter(torch.empty(config.state_size))
+        else:
+            self.initial_state = None
+
+    def start(self, batch_size: int, like: Tensor) -> Tensor:
+        """The state (B, D) of a sequence before its first token."""
+        dtype = state_dtype(like.dtype)
+        if self.initial_state is None:
+            return like.new_zeros(batch_size, self.out_proj.in_features, dtype=dtype)
+        return self.initial_state.to(dtype).expand(batch_size, -1)
+
+    def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False):
+        """hidden_states (B, T, H), state (B, D) -> output (B, T, H), states (B, T, D), final state (B, D).
+
+        exact_states: return every state as precisely as the final one, whatever the dtype of the model.
+        """
+        projected = self.in_proj(hidden_states)
+        states, final_state = minrnn_scan(
+            projected.to(state.dtype) if exact_states else projected,
+            self.cell_type,
+            state,
+            reset_mask=reset_mask,
+            padding_mask=padding_mask,
+            reset_state=self.initial_state,
+            backend=self.backend,
+        )
+        return self.out_proj(states.to(projected.dtype)), states, final_state
+
+
+class MinRNNMLP(nn.Module):
+    def __init__(self, config: MinRNNConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class MinRNNDecoderLayer(GradientCheckpointingLayer):
+    """x + conv(x), then x + rnn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: MinRNNConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.window_size = max(config.conv_kernel_size - 1, 0)
+        self.conv = MinRNNCausalConv(config) if config.conv_kernel_size else None
+        self.rnn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rnn = MinRNNRecurrence(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
+        self.mlp = MinRNNMLP(config) if config.intermediate_size else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        padding_mask: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        taps: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        B, T, H = hidden_states.shape
+        state = self.rnn.start(B, hidden_states)
+        window = hidden_states.new_zeros(B, self.window_size, H)
+        record_past = False
+        if past_key_values is not None:
+            state, window = past_key_values.layers[self.layer_idx].get_state(state, window)
+            record_past = past_key_values.layers[self.layer_idx].record_past
+
+        conv_input = hidden_states
+        if self.conv is not None:
+            hidden_states = hidden_states + self.conv(hidden_states, window, taps)
+        # A state to go back to must be as exact as the final one, whatever the dtype of the model.
+        output, states, final_state = self.rnn(
+            self.rnn_norm(hidden_states), state, reset_mask, padding_mask, exact_states=record_past
+        )
+        hidden_states = hidden_states + self.dropout(output)
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+        if past_key_values is not None:
+            first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if record_past else T - 1
+            windows = windows_after(conv_input, window, taps, first)
+            past = [(states[:, t].clone(), w) for t, w in enumerate(windows, first)] if record_past else ()
+            past_key_values.update(final_state, windows[-1], self.layer_idx, num_tokens=T, past=past)
+        return hidden_states
+
+
+class MinRNNPreTrainedModel(PreTrainedModel):
+    config: MinRNNConfig
+    config_class = MinRNNConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MinRNNDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MinRNNDecoderLayer}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        config = self.config
+        # GPT-2: what each layer adds to the residual stream is scaled by the depth.
+        residual_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+        if isinstance(module, MinRNNCausalConv):
+            init.normal_(module.weight, std=CONV_INITIALIZER_STD)
+        elif isinstance(module, MinRNNMLP):
+            init.normal_(module.down_proj.weight, std=residual_std)
+        elif isinstance(module, MinRNNRecurrence):
+            init.normal_(module.out_proj.weight, std=residual_std)
+            if module.initial_state is not None:
+                init.zeros_(module.initial_state)
+            if module.in_proj.bias is not None:
+                init.copy_(module.in_proj.bias, _chrono_bias(config, module.in_proj.bias))
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers, with the custom code beside the weights for every Auto class of the model."""
+        self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, **kwargs)
+
+
+def _chrono_bias(config: MinRNNConfig, like: Tensor) -> Tensor:
+    """Bias of in_proj such that a = exp(-1 / timescale) for an input of zero, the timescales log-uniform in
+    1..max_timescale tokens (Tallec & Ollivier 2018, arXiv 1804.11188)."""
+    D = config.state_size
+    timescale = torch.exp(torch.rand(D, device=like.device) * math.log(config.max_timescale))
+    remember = -torch.log(torch.expm1(1 / timescale))  # logit of a
+    # minLSTM with the opposite bias on its input gate has i = 1 - f, and so a = f / (f + i) = f.
+    gates = [-remember] if config.cell_type == "mingru" else [remember, -remember]
+    return torch.cat([*gates, torch.zeros_like(remember)]).to(like.dtype)
+
+
+class MinRNNModel(MinRNNPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList([MinRNNDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        reset_mask: torch.BoolTensor | None = None,
+        seq_idx: torch.IntTensor | None = None,
+        cu_seq_lens_q: torch.IntTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T) token ids; or inputs_embeds: (B, T, H), exactly one of them.
+            attention_mask: (B, >= T), 0 for padding, anywhere in the sequence; its last T columns belong to input_ids.
+                The outputs and the state are those of the sequence without its padding.
+            past_key_values: the state to go on from, as returned by an earlier call; updated in place.
+            use_cache: return the state.
+            reset_mask, seq_idx, cu_seq_lens_q, position_ids: where documents begin in a packed row, in this order of
+                precedence: (B, T) True at their first tokens; (B, T) number of the document; (documents + 1,)
+                boundaries in a batch of one row; (B, T), restarting at 0. Nothing is carried from one to the next.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if T == 0:
+            raise ValueError("the sequence is empty: input_ids must hold at least one token")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and (
+            len(past_key_values.layers) != len(self.layers)
+            or not all(hasattr(layer, "get_state") for layer in past_key_values.layers)
+        ):
+            raise ValueError(
+                "past_key_values was not made for this model; pass DynamicCache(config=model.config), "
+                "StaticCache(config=model.config, max_cache_len=...) or what an earlier call returned"
+            )
+
+        padding_mask = _padding_mask(attention_mask, B, T)
+        reset_mask = _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B, T)
+        taps = conv_taps(self.config.conv_kernel_size, reset_mask, padding_mask)
+
+        hidden_states = self.dropout(inputs_embeds)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, padding_mask, reset_mask, taps, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:
+            smallest, largest = input_ids.min().item(), input_ids.max().item()
+            wrong = smallest if smallest < 0 else largest
+            vocabulary = f"0..{self.config.vocab_size - 1}"
+            raise ValueError(f"token id {wrong} is not in the vocabulary: ids must be in {vocabulary}") from None
+
+
+def _none_if_empty(mask: Tensor | None) -> Tensor | None:
+    """None for a mask that is False everywhere, where the question costs no synchronisation and breaks no graph."""
+    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.any():
+        return mask
+    return None
+
+
+def _padding_mask(attention_mask: Tensor | None, B: int, T: int) -> Tensor | None:
+    """(B, T) True where a token is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+        raise ValueError(f"attention_mask must be (B, >= T) = ({B}, >= {T}), not {tuple(attention_mask.shape)}")
+    return _none_if_empty(attention_mask[:, -T:] == 0)
+
+
+def _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int) -> Tensor | None:
+    """(B, T) True at the first token of each document. What numbers documents says nothing about a row's first token,
+    which goes on from the cache."""
+    if reset_mask is not None:
+        if reset_mask.shape != (B, T) or reset_mask.dtype != torch.bool:
+            raise ValueError(f"reset_mask must be bool ({B}, {T}), not {reset_mask.dtype} {tuple(reset_mask.shape)}")
+    elif seq_idx is not None:
+        reset_mask = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    elif cu_seq_lens_q is not None:
+        if B != 1:
+            raise ValueError(f"cu_seq_lens_q describes a batch of one packed row, not {B} rows")
+        positions = torch.arange(1, T, device=cu_seq_lens_q.device)
+        reset_mask = torch.nn.functional.pad(torch.isin(positions, cu_seq_lens_q), (1, 0))[None]
+    elif position_ids is not None:
+        reset_mask = position_ids.expand(B, T) == 0
+        if padding_mask is not None:  # the positions of padding are arbitrary
+            reset_mask = reset_mask & ~padding_mask
+    return _none_if_empty(reset_mask)
+
+
+class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
+    """MinRNNModel with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.model = MinRNNModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
+        """The mask of the new tokens alone, so that its shape stays the same from step to step of a static cache."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (B, T) token ids, -100 where there is no loss; token t is predicted from those before it.
+            logits_to_keep: compute the logits of the last so many tokens, or at these positions; 0 for all.
+
+        The other arguments are those of MinRNNModel.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
+    """MinRNNModel with a linear head on the last real token."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MinRNNModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Args:
+            attention_mask: (B, T); without one, tokens equal to config.pad_token_id are padding.
+            labels: (B,) classes, or (B, num_labels) for several labels or regression (config.problem_type).
+
+        The other arguments are those of MinRNNModel.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        B, T = hidden_states.shape[:2]
+        last = torch.full((B,), T - 1, device=hidden_states.device)
+        if attention_mask is not None:
+            real = attention_mask[:, -T:].to(hidden_states.device) != 0
+            last = (real * torch.arange(T, device=hidden_states.device)).argmax(-1)
+        logits = self.score(hidden_states[torch.arange(B, device=hidden_states.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class MinRNNForTokenClassification(MinRNNPreTrainedModel):
+    """MinRNNModel with a linear head on every token."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MinRNNModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """
+        Args:
+            labels: (B, T) classes, -100 where there is no loss.
+
+        The other arguments are those of MinRNNModel.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+# Saving a model copies this code beside the weights.
+for _auto_class, _path in AUTO_MAP.items():
+    globals()[_path.split(".")[1]].register_for_auto_class(_auto_class)
+
+__all__ = [
+    "MinRNNPreTrainedModel",
+    "MinRNNModel",
+    "MinRNNForCausalLM",
+    "MinRNNForSequenceClassification",
+    "MinRNNForTokenClassification",
+]

@@ -1,0 +1,388 @@
+"""The minimal recurrences of "Were RNNs All We Needed?" (arXiv 2410.01201): one contract, several implementations.
+
+B batch, T time, D state width. Both cells are h[t] = a[t] * h[t-1] + (1 - a[t]) * c[t] with a[t] in (0, 1) that
+depends on the input alone: a linear recurrence, which a scan solves over all T at once. `minrnn_scan` is the only way
+in. In this file, from top to bottom: the contract, one step, the step in a loop (the oracle), the paper's log-space
+listing (for comparison), and the portable "torch" implementation with its own backward. "numba" is in `scan_numba.py`.
+"""
+
+import functools
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GATES = {"mingru": 2, "minlstm": 3}  # columns of `projected` for each column of state
+BACKENDS = ("auto", "loop", "torch", "numba", "log")
+
+
+def minrnn_scan(
+    projected: Tensor,
+    cell_type: str,
+    initial_state: Tensor | None = None,
+    *,
+    reset_mask: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Solve h[t] = a[t] * h[t-1] + (1 - a[t]) * c[t] over a sequence.
+
+    "mingru":  projected = [gate | candidate],            a = sigmoid(-gate)
+    "minlstm": projected = [forget | input | candidate],  a = f / (f + i), f = sigmoid(forget), i = sigmoid(input)
+    c = g(candidate), g(x) = x + 0.5 where x >= 0 and sigmoid(x) elsewhere (arXiv 2410.01201, appendix B).
+
+    Args:
+        projected: (B, T, 2 D) for "mingru", (B, T, 3 D) for "minlstm"; float16, bfloat16, float32 or float64, T >= 1,
+            any strides.
+        cell_type: "mingru" or "minlstm".
+        initial_state: (B, D), h before the first token: a state, as returned in `final_state`, never passed through g.
+            None is zero.
+        reset_mask: (B, T) bool. True: the state before this token is `reset_state`, whatever came earlier.
+        padding_mask: (B, T) bool. True: this token changes nothing; its output is the state as it stands.
+        reset_state: (D,), what a reset returns to. None is zero.
+        backend: "auto" ("numba" for CPU tensors where it is installed, else "torch"), "torch" (any device), "numba"
+            (CPU, not float64), "loop" (one step at a time) or "log" (the paper's listing: no masks, inexact on long
+            sequences; for comparison).
+
+    Returns:
+        states (B, T, D) in the dtype of `projected`; final_state (B, D), the state after the last token, in float32
+        (float64 for float64). Gates are computed in float32 or better and the state is carried in float64, so that
+        float32 errors do not grow with T. Differentiable once in projected, initial_state and reset_state.
+
+    Raises:
+        ValueError: unknown cell type or backend, shapes or dtypes that do not fit, T == 0.
+        ImportError: a backend that is not installed.
+    """
+    D = _check(projected, cell_type, initial_state, reset_mask, padding_mask, reset_state, backend)
+    dtype = state_dtype(projected.dtype)
+    if initial_state is None:
+        initial_state = projected.new_zeros((projected.shape[0], D), dtype=dtype)
+    initial_state = initial_state.to(dtype)
+    if reset_state is None:
+        reset_state = projected.new_zeros((D,), dtype=dtype)
+    reset_state = reset_state.to(dtype)
+
+    if backend == "log":
+        if reset_mask is not None or padding_mask is not None:
+            raise ValueError('the "log" backend takes no reset_mask and no padding_mask; use "torch"')
+        return _log_space(projected, cell_type, initial_state)
+    needs_gradient = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (projected, initial_state, reset_state)
+    )
+    # One token without a gradient: a handful of pointwise operations, which a compiler fuses with their surroundings.
+    if backend == "loop" or (projected.shape[1] == 1 and not needs_gradient):
+        return _loop(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
+    return _scan(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, backend)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a state keeps between calls: float32, or float64 where the model itself is in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(projected, cell_type, initial_state, reset_mask, padding_mask, reset_state, backend) -> int:
+    """Raise ValueError for arguments that do not fit together; return D."""
+    if cell_type not in GATES:
+        raise ValueError(f"cell_type must be one of {sorted(GATES)}, not {cell_type!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, not {backend!r}")
+    gates = GATES[cell_type]
+    if projected.dim() != 3 or projected.shape[2] % gates or projected.shape[2] == 0:
+        raise ValueError(f"projected must be (B, T, {gates} D) for {cell_type!r}, not {tuple(projected.shape)}")
+    if not projected.is_floating_point():
+        raise ValueError(f"projected must be a floating-point tensor, not {projected.dtype}")
+    B, T, D = projected.shape[0], projected.shape[1], projected.shape[2] // gates
+    if T == 0:
+        raise ValueError("projected has no tokens: T must be at least 1")
+    if initial_state is not None and initial_state.shape != (B, D):
+        raise ValueError(f"initial_state must be (B, D) = {(B, D)}, not {tuple(initial_state.shape)}")
+    if reset_state is not None and reset_state.shape != (D,):
+        raise ValueError(f"reset_state must be (D,) = {(D,)}, not {tuple(reset_state.shape)}")
+    for name, mask in (("reset_mask", reset_mask), ("padding_mask", padding_mask)):
+        if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
+            raise ValueError(f"{name} must be bool (B, T) = {(B, T)}, not {mask.dtype} {tuple(mask.shape)}")
+    return D
+
+
+# The gates, and the recurrence one step at a time.
+
+
+def _gates(projected: Tensor, cell_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, 1 - a, c). Either share is computed by itself: 1 - sigmoid(k) would lose the digits of a small one."""
+    *gates, x = projected.chunk(GATES[cell_type], -1)
+    if cell_type == "mingru":
+        a, z = torch.sigmoid(-gates[0]), torch.sigmoid(gates[0])
+    else:
+        # Far below zero f / (f + i) depends on the difference of the two logits alone; moved up together, they do not
+        # underflow to 0 / 0.
+        shift = (-30 - torch.maximum(*gates)).clamp(min=0)
+        f, i = (torch.sigmoid(gate + shift) for gate in gates)
+        a, z = f / (f + i), i / (f + i)
+    return a, z, torch.sigmoid(x.clamp(max=0)) + x.clamp(min=0)
+
+
+def _loop(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written, one token at a time; differentiated by autograd."""
+    a, z, c = _gates(projected.to(initial_state.dtype), cell_type)
+    state, states = initial_state, []
+    for t, (a_t, z_t, c_t) in enumerate(zip(a.unbind(1), z.unbind(1), c.unbind(1))):
+        if reset_mask is not None:
+            state = torch.where(reset_mask[:, t, None], reset_state, state)
+        # From the nearer end by the smaller share: in float32 a * h + z * c would drift where a rounds to 1.
+        new = torch.where(a_t > z_t, torch.lerp(state, c_t, z_t), torch.lerp(c_t, state, a_t))
+        state = new if padding_mask is None else torch.where(padding_mask[:, t, None], state, new)
+        states.append(state)
+    return torch.stack(states, 1).to(projected.dtype), state
+
+
+def _log_space(projected, cell_type, initial_state) -> tuple[Tensor, Tensor]:
+    """The paper's parallel_scan_log (appendix B): log a summed up, and logcumsumexp of log b less that sum."""
+    *gates, x = projected.to(initial_state.dtype).chunk(GATES[cell_type], -1)
+    log_odds = gates[0] if cell_type == "mingru" else F.softplus(-gates[0]) - F.softplus(-gates[1])
+    log_a = (-F.softplus(log_odds)).cumsum(1)
+    log_b = -F.softplus(-log_odds) + torch.where(x >= 0, (F.relu(x) + 0.5).log(), -F.softplus(-x))
+    start = initial_state.log()[:, None]  # -inf for a state of zero; not a number for a negative one
+    states = (log_a + torch.cat([start, log_b - log_a], 1).logcumsumexp(1)[:, 1:]).exp()
+    return states.to(projected.dtype), states[:, -1]
+
+
+# "torch": blocks of time that stay in cache; in a block the gates are pointwise and the recurrence is a short loop.
+
+BLOCK_ELEMENTS = {"cpu": 65536}  # of state in a block: 512 KiB in float64, within a core's L2
+BLOCK_ELEMENTS_ACCELERATOR = 1 << 22  # enough for a launch to be worth its latency
+
+
+def _blocks(T: int, rows: int, device: torch.device) -> list[tuple[int, int]]:
+    """Consecutive (start, stop) of time that cover T, each about BLOCK_ELEMENTS of the `rows` = B * D channels."""
+    length = max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ACCELERATOR) // rows)
+    return [(start, min(start + length, T)) for start in range(0, T, length)]
+
+
+def _linear_scan_(a: Tensor, b: Tensor, carry: Tensor, reverse: bool = False) -> Tensor:
+    """Solve h[i] = a[i] * h[i-1] + b[i] in place of b (n, B, D), h[-1] = carry (B, D); return the last h. Spends a.
+
+    reverse: from the last row to the first. A long block is cut into chunks of `length` rows that are solved side by
+    side from zero, with their products of a; then each is corrected by the state that it should have started from:
+    2 * length + n / length calls instead of n.
+    """
+    n = len(b)
+    length = math.isqrt(n // 2)
+    whole = n - n % length if length >= 4 else 0  # rows in chunks; the others are walked one by one
+    if whole:
+        part = slice(n - whole, n) if reverse else slice(0, whole)
+        a_chunks, b_chunks = (x[part].unflatten(0, (-1, length)) for x in (a, b))
+        a_rows, b_rows = a_chunks.unbind(1), b_chunks.unbind(1)
+        if reverse:
+            a_rows, b_rows = a_rows[::-1], b_rows[::-1]
+        for i in range(1, length):
+            b_rows[i].addcmul_(a_rows[i], b_rows[i - 1])
+            a_rows[i].mul_(a_rows[i - 1])
+        starts = torch.empty_like(b_rows[0])
+        order = range(len(starts))
+        for chunk in reversed(order) if reverse else order:
+            starts[chunk] = carry
+            carry = torch.addcmul(b_rows[-1][chunk], a_rows[-1][chunk], carry)
+        b_chunks.addcmul_(a_chunks, starts[:, None])
+        rest = slice(0, n - whole) if reverse else slice(whole, n)
+        a, b = a[rest], b[rest]
+    a_rows, b_rows = a.unbind(0), b.unbind(0)
+    for a_row, b_row in zip(a_rows[::-1], b_rows[::-1]) if reverse else zip(a_rows, b_rows):
+        carry = b_row.addcmul_(a_row, carry)
+    return carry
+
+
+def _carry_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def _time_major(x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    return x[:, start:stop].transpose(0, 1).to(dtype).contiguous()
+
+
+def torch_forward(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask):
+    """(states, final_state) of `minrnn_scan`, for initial_state (B, D) and reset_state (D,)."""
+    B, T, _ = projected.shape
+    D = initial_state.shape[-1]
+    dtype = _carry_dtype(projected.device)
+    states = projected.new_empty(B, T, D)
+    carry = initial_state.to(dtype)
+    for start, stop in _blocks(T, B * D, projected.device):
+        a, z, c = _gates(_time_major(projected, start, stop, dtype), cell_type)
+        b = z.mul_(c)
+        if padding_mask is not None:
+            padding = _time_major(padding_mask, start, stop, torch.bool)[..., None]
+            a.masked_fill_(padding, 1)
+            b.masked_fill_(padding, 0)
+        if reset_mask is not None:
+            reset = _time_major(reset_mask, start, stop, torch.bool)[..., None]
+            b.addcmul_(a * reset, reset_state.to(dtype))
+            a.masked_fill_(reset, 0)
+        carry = _linear_scan_(a, b, carry)
+        states[:, start:stop] = b.transpose(0, 1)
+    return states, carry.to(initial_state.dtype, copy=True)
+
+
+def torch_backward(
+    projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, states, d_states, d_final_state
+):
+    """Gradients of projected, initial_state and reset_state.
+
+    With d[t] = dL/dh[t] in total and e[t] = a[t] * d[t] the part that flows on to h[t-1]:
+    e[t] = a[t] * (d_states[t] + e[t+1]), a linear scan from the right.
+    """
+    B, T, _ = projected.shape
+    D = initial_state.shape[-1]
+    dtype = _carry_dtype(projected.device)
+    d_projected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
+    d_reset_state = torch.zeros_like(reset_state, dtype=dtype)
+    carry = d_final_state.to(dtype)
+    for start, stop in reversed(_blocks(T, B * D, projected.device)):
+        block = _time_major(projected, start, stop, dtype)
+        a, z, c = _gates(block, cell_type)
+        flow = a.clone()
+        if padding_mask is not None:
+            padding = _time_major(padding_mask, start, stop, torch.bool)[..., None]
+            flow.masked_fill_(padding, 1)
+            z.masked_fill_(padding, 0)
+        to_reset_state = None
+        if reset_mask is not None:
+            reset = _time_major(reset_mask, start, stop, torch.bool)[..., None]
+            to_reset_state = flow * reset
+            flow.masked_fill_(reset, 0)
+
+        upstream = _time_major(d_states, start, stop, dtype)
+        e = flow * upstream
+        from_right = carry
+        carry = _linear_scan_(flow, e, carry, reverse=True)
+        d_state = upstream + torch.cat([e[1:], from_right[None]])
+
+        before = initial_state.to(states.dtype) if start == 0 else states[:, start - 1]
+        previous = torch.cat([before[:, None], states[:, start : stop - 1]], 1).transpose(0, 1)
+        if to_reset_state is not None:
+            d_reset_state += (to_reset_state * d_state).sum((0, 1))
+            previous = torch.where(reset, reset_state.to(states.dtype), previous)
+
+        d_c = z.mul_(d_state)
+        d_log_odds = (c - previous).mul_(a).mul_(d_c)  # of sigmoid(log_odds) = 1 - a
+        *gates, x = block.chunk(GATES[cell_type], -1)
+        *d_gates, d_x = d_projected[:, start:stop].transpose(0, 1).chunk(GATES[cell_type], -1)
+        if cell_type == "mingru":
+            d_gates[0].copy_(d_log_odds)
+        else:  # log_odds = log i - log f
+            d_gates[0].copy_(torch.sigmoid(-gates[0]).mul_(d_log_odds).neg_())
+            d_gates[1].copy_(torch.sigmoid(-gates[1]).mul_(d_log_odds))
+        # g' is 1 where x >= 0, and s * (1 - s) below, s = sigmoid(x). At min(x, 0) the latter is 1/4 where x >= 0.
+        s = torch.sigmoid(x.clamp(max=0))
+        slope = s.sub_(s * s).add_(torch.ge(x, 0, out=torch.empty_like(s)), alpha=0.75)
+        d_x.copy_(d_c.mul_(slope))
+    return d_projected, carry.to(initial_state.dtype), d_reset_state.to(reset_state.dtype)
+
+
+# One pair of custom operators around every implementation with a backward of its own.
+
+
+@functools.cache
+def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs where "auto" leaves the choice, or "auto" is not what was asked for.
+
+    Raises ImportError where the one asked for is not installed, ValueError where it does not take such tensors.
+    """
+    if backend == "auto":
+        if device_type != "cpu" or dtype == torch.float64:
+            return "torch"
+        try:
+            return resolve_backend("numba", device_type, dtype)
+        except ImportError:
+            return "torch"
+    if backend == "numba":
+        if device_type != "cpu" or dtype == torch.float64:
+            raise ValueError(
+                f'the "numba" backend computes in float32 on the CPU, not in {dtype} on {device_type!r}; use "torch"'
+            )
+        from .scan_numba import forward  # noqa: F401  (imports numba, or says how to install it)
+    return backend
+
+
+def _implementation(backend: str, tensor: Tensor):
+    """(forward, backward) for a backend name."""
+    if resolve_backend(backend, tensor.device.type, tensor.dtype) == "numba":
+        from .scan_numba import backward, forward
+
+        return forward, backward
+    return torch_forward, torch_backward
+
+
+# Custom code from the Hub is a package of its own: its operators must not take the names of the installed ones.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
+def _scan(
+    projected: Tensor,
+    cell_type: str,
+    initial_state: Tensor,
+    reset_state: Tensor,
+    reset_mask: Tensor | None,
+    padding_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    forward, _ = _implementation(backend, projected)
+    return forward(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::scan_backward", mutates_args=())
+def _scan_backward(
+    projected: Tensor,
+    cell_type: str,
+    initial_state: Tensor,
+    reset_state: Tensor,
+    reset_mask: Tensor | None,
+    padding_mask: Tensor | None,
+    backend: str,
+    states: Tensor,
+    d_states: Tensor,
+    d_final_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, backward = _implementation(backend, projected)
+    return backward(
+        projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, states, d_states, d_final_state
+    )
+
+
+@_scan.register_fake
+def _(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, backend):
+    B, T, _ = projected.shape
+    return projected.new_empty(B, T, initial_state.shape[-1]), torch.empty_like(initial_state)
+
+
+@_scan_backward.register_fake
+def _(projected, cell_type, initial_state, reset_state, *_):
+    return projected.new_empty(projected.shape), torch.empty_like(initial_state), torch.empty_like(reset_state)
+
+
+def _save_for_backward(ctx, inputs, output):
+    projected, ctx.cell_type, initial_state, reset_state, reset_mask, padding_mask, ctx.backend = inputs
+    states, final_state = output
+    ctx.save_for_backward(projected, initial_state, reset_state, reset_mask, padding_mask, states)
+
+
+def _differentiate(ctx, d_states, d_final_state):
+    projected, initial_state, reset_state, reset_mask, padding_mask, states = ctx.saved_tensors
+    d_states = torch.zeros_like(states) if d_states is None else d_states
+    d_final_state = torch.zeros_like(initial_state) if d_final_state is None else d_final_state
+    d_projected, d_initial_state, d_reset_state = _scan_backward(
+        projected, ctx.cell_type, initial_state, reset_state, reset_mask, padding_mask, ctx.backend,
+        states, d_states, d_final_state,
+    )  # fmt: skip
+    return d_projected, None, d_initial_state, d_reset_state, None, None, None
+
+
+def _refuse_double_backward(ctx, *_):
+    raise RuntimeError('minrnn_scan can be differentiated once; for second derivatives use backend="loop"')
+
+
+_scan.register_autograd(_differentiate, setup_context=_save_for_backward)
+_scan_backward.register_autograd(_refuse_double_backward)
