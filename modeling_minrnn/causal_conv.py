@@ -50,14 +50,21 @@ def causal_conv(
 
     Returns:
         (B, T, H) in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
+    (B, T, H), K = x.shape, weight.shape[-1]
+    shapes = {"weight": (weight, (H, K)), "window": (window, (B, K - 1, H)), "taps": (taps, (B, T, K))}
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape} for x {(B, T, H)}, not {tuple(tensor.shape)}")
     numba = backend in ("auto", "numba") and resolve_backend(backend, x.device.type, x.dtype) == "numba"
-    if numba and x.shape[1] > 1:
+    if numba and T > 1:
         return _conv(x, weight, window, taps)
     rows = torch.cat([window, x], 1)
-    K = weight.shape[1]
     weight = weight.to(x.dtype)
-    if x.shape[1] == 1 and taps is None:
+    if T == 1 and taps is None:
         return (rows * weight.T).sum(1, keepdim=True)
     if taps is None:
         return F.conv1d(rows.transpose(1, 2), weight[:, None], groups=len(weight)).transpose(1, 2)

@@ -97,4 +97,4 @@ def backward(x, weight, window, taps, d_y):
     B, (H, K) = x.shape[0], weight.shape
     d_x, d_weight, d_window = torch.zeros(x.shape), torch.zeros(B, K, H), torch.zeros(window.shape)
     run(backward_kernel, (*_inputs(x, weight, window, taps), *strided(d_y), d_x, d_weight, d_window), B, H)
-    return d_x.to(x.dtype), d_weight.sum(0).T.to(weight.dtype, copy=True), d_window.to(window.dtype)
+    return d_x.to(x.dtype), d_weight.sum(0).T.contiguous().to(weight.dtype), d_window.to(window.dtype)

@@ -1,8 +1,8 @@
 """Configuration of the MinRNN models."""
 
-import dataclasses
 import difflib
 import functools
+import math
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -39,7 +39,7 @@ class MinRNNConfig(PreTrainedConfig):
         hidden_size: H, width of the residual stream.
         num_hidden_layers: layers.
         cell_type: "mingru" (one gate) or "minlstm" (forget and input gate).
-        expansion_factor: width of the recurrent state D / H; D is rounded down to an integer.
+        expansion_factor: width of the recurrent state D / H; D must come out as an integer.
         conv_kernel_size: tokens that the causal depthwise convolution sees, itself included; 0 for no convolution.
         intermediate_size: width of the MLP; None for 4 H, 0 for no MLP.
         hidden_act: activation of the MLP, a name from `transformers.activations.ACT2FN`.
@@ -94,10 +94,10 @@ class MinRNNConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        names = [field.name for field in dataclasses.fields(self)]
+        names = list(MinRNNConfig.__annotations__)
         for name in kwargs:
             # Other unknown names are kept, as everywhere in transformers: libraries add their own to a saved config.
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
             if nearest and not hasattr(PreTrainedConfig, name):
                 raise ValueError(f"MinRNNConfig has no field {name!r}; did you mean {nearest[0]!r}?")
         if self.intermediate_size is None:
@@ -107,7 +107,7 @@ class MinRNNConfig(PreTrainedConfig):
     @property
     def state_size(self) -> int:
         """D, channels of recurrent state in each layer."""
-        return int(self.hidden_size * self.expansion_factor)
+        return round(self.hidden_size * self.expansion_factor)
 
     @property
     def layer_types(self) -> list[str]:
@@ -121,15 +121,21 @@ class MinRNNConfig(PreTrainedConfig):
         """Values out of range: ValueError that names the field."""
         smallest = {
             "vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "conv_kernel_size": 0, "intermediate_size": 0,
-            "rms_norm_eps": 0, "initializer_range": 0, "state_size": 1,
+            "rms_norm_eps": 0, "initializer_range": 0,
         }  # fmt: skip
         for name, least in smallest.items():
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {least} and finite, not {getattr(self, name)}")
+        width = self.hidden_size * self.expansion_factor
+        if not (1 <= width < math.inf and abs(width - round(width)) < 1e-6):
+            raise ValueError(
+                f"expansion_factor must make the state a whole number of channels, at least 1, "
+                f"not {self.hidden_size} x {self.expansion_factor} = {width}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.max_timescale is not None and not self.max_timescale >= 1:
-            raise ValueError(f"max_timescale must be None or at least 1 token, not {self.max_timescale}")
+        if self.max_timescale is not None and not 1 <= self.max_timescale < math.inf:
+            raise ValueError(f"max_timescale must be None or a number of tokens >= 1, not {self.max_timescale}")
         for name, known in (("cell_type", GATES), ("scan_backend", BACKENDS), ("hidden_act", ACT2FN)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, not {getattr(self, name)!r}")

@@ -191,6 +191,11 @@ class MinRNNPreTrainedModel(PreTrainedModel):
             if module.in_proj.bias is not None:
                 init.copy_(module.in_proj.bias, _chrono_bias(config, module.in_proj.bias))
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers passes over modules of custom code without parameters of their own; here they see to those of
+        # their children, through `init`, which leaves alone what was loaded.
+        super()._initialize_weights(module)
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, with the custom code beside the weights for every Auto class of the model."""
         self.config.auto_map = dict(AUTO_MAP)
@@ -248,16 +253,19 @@ class MinRNNModel(MinRNNPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        shape = tuple(input_ids.shape if inputs_embeds is None else inputs_embeds.shape)
+        if len(shape) != (2 if inputs_embeds is None else 3):
+            raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, H), not {shape}")
+        B, T = shape[:2]
         if T == 0:
             raise ValueError("the sequence is empty: input_ids must hold at least one token")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        cache_layers = getattr(past_key_values, "layers", ())
         if past_key_values is not None and (
-            len(past_key_values.layers) != len(self.layers)
-            or not all(hasattr(layer, "get_state") for layer in past_key_values.layers)
+            len(cache_layers) != len(self.layers) or not all(hasattr(layer, "get_state") for layer in cache_layers)
         ):
             raise ValueError(
                 "past_key_values was not made for this model; pass DynamicCache(config=model.config), "
@@ -304,9 +312,12 @@ def _padding_mask(attention_mask: Tensor | None, B: int, T: int) -> Tensor | Non
 def _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int) -> Tensor | None:
     """(B, T) True at the first token of each document. What numbers documents says nothing about a row's first token,
     which goes on from the cache."""
+    for name, tensor in (("reset_mask", reset_mask), ("seq_idx", seq_idx), ("position_ids", position_ids)):
+        if tensor is not None and tensor.shape not in ((B, T), (1, T)):
+            raise ValueError(f"{name} must be ({B}, {T}), or (1, {T}) for all rows alike, not {tuple(tensor.shape)}")
     if reset_mask is not None:
-        if reset_mask.shape != (B, T) or reset_mask.dtype != torch.bool:
-            raise ValueError(f"reset_mask must be bool ({B}, {T}), not {reset_mask.dtype} {tuple(reset_mask.shape)}")
+        if reset_mask.dtype != torch.bool:
+            raise ValueError(f"reset_mask must be bool, not {reset_mask.dtype}")
     elif seq_idx is not None:
         reset_mask = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
     elif cu_seq_lens_q is not None:
@@ -315,10 +326,10 @@ def _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, 
         positions = torch.arange(1, T, device=cu_seq_lens_q.device)
         reset_mask = torch.nn.functional.pad(torch.isin(positions, cu_seq_lens_q), (1, 0))[None]
     elif position_ids is not None:
-        reset_mask = position_ids.expand(B, T) == 0
+        reset_mask = position_ids == 0
         if padding_mask is not None:  # the positions of padding are arbitrary
             reset_mask = reset_mask & ~padding_mask
-    return _none_if_empty(reset_mask)
+    return _none_if_empty(None if reset_mask is None else reset_mask.expand(B, T))
 
 
 class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
@@ -337,8 +348,11 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
-        """The mask of the new tokens alone, so that its shape stays the same from step to step of a static cache."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        """The mask of the new tokens alone, in shape and strides the same from step to step of a static cache."""
+        if attention_mask is None:
+            return None
+        # `contiguous` would keep the strides of the longer mask in a batch of one, for which any strides will do.
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
     @can_return_tuple
     def forward(

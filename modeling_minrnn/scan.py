@@ -40,7 +40,8 @@ def minrnn_scan(
         cell_type: "mingru" or "minlstm".
         initial_state: (B, D), h before the first token: a state, as returned in `final_state`, never passed through g.
             None is zero.
-        reset_mask: (B, T) bool. True: the state before this token is `reset_state`, whatever came earlier.
+        reset_mask: (B, T) bool. True: the state before this token is `reset_state`, whatever came earlier (save that
+            "torch", which multiplies the past by zero, lets a NaN or an infinity pass).
         padding_mask: (B, T) bool. True: this token changes nothing; its output is the state as it stands.
         reset_state: (D,), what a reset returns to. None is zero.
         backend: "auto" ("numba" for CPU tensors where it is installed, else "torch"), "torch" (any device), "numba"
@@ -57,6 +58,8 @@ def minrnn_scan(
         ImportError: a backend that is not installed.
     """
     D = _check(projected, cell_type, initial_state, reset_mask, padding_mask, reset_state, backend)
+    if backend == "numba":  # refused here, even where a single step would not need it
+        resolve_backend(backend, projected.device.type, projected.dtype)
     dtype = state_dtype(projected.dtype)
     if initial_state is None:
         initial_state = projected.new_zeros((projected.shape[0], D), dtype=dtype)
@@ -121,7 +124,8 @@ def _gates(projected: Tensor, cell_type: str) -> tuple[Tensor, Tensor, Tensor]:
         shift = (-30 - torch.maximum(*gates)).clamp(min=0)
         f, i = (torch.sigmoid(gate + shift) for gate in gates)
         a, z = f / (f + i), i / (f + i)
-    return a, z, torch.sigmoid(x.clamp(max=0)) + x.clamp(min=0)
+    positive = x.clamp(min=0)  # its derivative at 0 is 1, and so is that of the sum
+    return a, z, torch.sigmoid(x - positive) + positive
 
 
 def _loop(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask) -> tuple[Tensor, Tensor]:
@@ -157,7 +161,7 @@ BLOCK_ELEMENTS_ACCELERATOR = 1 << 22  # enough for a launch to be worth its late
 
 def _blocks(T: int, rows: int, device: torch.device) -> list[tuple[int, int]]:
     """Consecutive (start, stop) of time that cover T, each about BLOCK_ELEMENTS of the `rows` = B * D channels."""
-    length = max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ACCELERATOR) // rows)
+    length = max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_ACCELERATOR) // max(1, rows))
     return [(start, min(start + length, T)) for start in range(0, T, length)]
 
 
@@ -199,7 +203,7 @@ def _carry_dtype(device: torch.device) -> torch.dtype:
 
 
 def _time_major(x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    return x[:, start:stop].transpose(0, 1).to(dtype).contiguous()
+    return x[:, start:stop].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
 
 
 def torch_forward(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask):
@@ -241,10 +245,12 @@ def torch_backward(
     carry = d_final_state.to(dtype)
     for start, stop in reversed(_blocks(T, B * D, projected.device)):
         block = _time_major(projected, start, stop, dtype)
+        if padding_mask is not None:
+            padding = _time_major(padding_mask, start, stop, torch.bool)[..., None]
+            block = block.masked_fill(padding, 0)  # whatever is there, its gradient is zero
         a, z, c = _gates(block, cell_type)
         flow = a.clone()
         if padding_mask is not None:
-            padding = _time_major(padding_mask, start, stop, torch.bool)[..., None]
             flow.masked_fill_(padding, 1)
             z.masked_fill_(padding, 0)
         to_reset_state = None
@@ -284,26 +290,32 @@ def torch_backward(
 # One pair of custom operators around every implementation with a backward of its own.
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # for a compiler the answer does not change
 def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs where "auto" leaves the choice, or "auto" is not what was asked for.
+    """The backend that runs: what "auto" stands for, or the one that was asked for.
 
     Raises ImportError where the one asked for is not installed, ValueError where it does not take such tensors.
     """
+    numba_fits = device_type == "cpu" and dtype != torch.float64
     if backend == "auto":
-        if device_type != "cpu" or dtype == torch.float64:
-            return "torch"
-        try:
-            return resolve_backend("numba", device_type, dtype)
-        except ImportError:
-            return "torch"
+        return "numba" if numba_fits and _numba_error() is None else "torch"
     if backend == "numba":
-        if device_type != "cpu" or dtype == torch.float64:
+        if not numba_fits:
             raise ValueError(
                 f'the "numba" backend computes in float32 on the CPU, not in {dtype} on {device_type!r}; use "torch"'
             )
-        from .scan_numba import forward  # noqa: F401  (imports numba, or says how to install it)
+        if error := _numba_error():
+            raise error
     return backend
+
+
+@functools.cache
+def _numba_error() -> ImportError | None:
+    try:
+        from .scan_numba import forward  # noqa: F401
+    except ImportError as error:
+        return error
+    return None
 
 
 def _implementation(backend: str, tensor: Tensor):
@@ -355,12 +367,12 @@ def _scan_backward(
 @_scan.register_fake
 def _(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, backend):
     B, T, _ = projected.shape
-    return projected.new_empty(B, T, initial_state.shape[-1]), torch.empty_like(initial_state)
+    return projected.new_empty(B, T, initial_state.shape[-1]), initial_state.new_empty(initial_state.shape)
 
 
 @_scan_backward.register_fake
 def _(projected, cell_type, initial_state, reset_state, *_):
-    return projected.new_empty(projected.shape), torch.empty_like(initial_state), torch.empty_like(reset_state)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (projected, initial_state, reset_state))
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -41,10 +41,13 @@ def compile_kernel(*argument_types):
     return compile
 
 
+ANY_LENGTH = 1 << 60
+
+
 @numba.njit(inline="always")
 def floats(address):
     """The float32 array at an address; its length is not known, and not needed for what is sliced from it."""
-    return numba.carray(address, 1 << 60, np.float32)
+    return numba.carray(address, ANY_LENGTH, np.float32)
 
 
 @numba.njit(inline="always")
@@ -180,7 +183,7 @@ def backward_kernel(
     projected, initial_state, reset_state = floats(projected), floats(initial_state), floats(reset_state)
     states, d_states, d_final_state = floats(states), floats(d_states), floats(d_final_state)
     d_projected, d_initial_state = floats(d_projected), floats(d_initial_state)
-    d_reset_state = floats(d_reset_state)
+    d_reset_state = numba.carray(d_reset_state, ANY_LENGTH, np.float64)
     reset_mask = numba.carray(reset_mask, resets, np.uint8)
     padding_mask = numba.carray(padding_mask, paddings, np.uint8)
     gates = 3 if is_minlstm else 2
@@ -237,7 +240,7 @@ def backward_kernel(
                         d_second[d] = d_candidate * slope
             if is_reset:
                 for d in range(width):
-                    d_reset_state[b * D + d_start + d] += np.float32(carry[d])
+                    d_reset_state[b * D + d_start + d] += carry[d]
                     carry[d] = 0.0
         for d in range(width):
             d_initial_state[b * D + d_start + d] = np.float32(carry[d])
@@ -257,8 +260,10 @@ os.register_at_fork(after_in_child=_drop_pool)
 def run(kernel, arguments, B, D):
     """Call kernel(*arguments, b_start, b_stop, d_start, d_stop) over all rows and columns, on torch's thread count."""
     global _pool
-    # `arguments` keeps the tensors alive while the kernel has their addresses.
-    addresses = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+    def call(part):  # holds the tensors of `arguments` for as long as the kernel has their addresses
+        kernel(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments), *part)
+
     threads = torch.get_num_threads()
     if B >= threads:
         bounds = [B * i // threads for i in range(threads + 1)]
@@ -268,11 +273,11 @@ def run(kernel, arguments, B, D):
         bounds = [min(D, 16 * (blocks * i // threads)) for i in range(threads + 1)]
         parts = [(0, B, start, stop) for start, stop in zip(bounds, bounds[1:]) if start < stop]
     if len(parts) == 1:
-        return kernel(*addresses, *parts[0])
+        return call(parts[0])
     if _pool is None or _pool._max_workers < threads - 1:
         _pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="minrnn")
-    others = [_pool.submit(kernel, *addresses, *part) for part in parts[1:]]
-    kernel(*addresses, *parts[0])
+    others = [_pool.submit(call, part) for part in parts[1:]]
+    call(parts[0])
     for other in others:
         other.result()
 
@@ -314,8 +319,8 @@ def backward(
     B, D = initial_state.shape
     d_projected = torch.empty(projected.shape)
     d_initial_state = torch.empty(B, D)
-    d_reset_state = torch.zeros(B, D)
+    d_reset_state = torch.zeros(B, D, dtype=torch.float64)
     inputs = _inputs(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
     upstream = (*strided(d_states), dense(d_final_state))
     run(backward_kernel, (*inputs, dense(states), *upstream, d_projected, d_initial_state, d_reset_state), B, D)
-    return d_projected.to(projected.dtype), d_initial_state, d_reset_state.sum(0)
+    return d_projected.to(projected.dtype), d_initial_state, d_reset_state.sum(0).to(torch.float32)

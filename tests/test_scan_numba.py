@@ -1,0 +1,151 @@
+"""What only the "numba" backend can get wrong: threads, forks, its cache on disk, and that it may be absent."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling_minrnn import scan
+from modeling_minrnn.scan import GATES, minrnn_scan
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_minrnn"
+
+every_cell = pytest.mark.parametrize("cell_type", sorted(GATES))
+
+
+def forward_and_backward(cell_type, B, T=100, D=70, seed=0):
+    """(states, final state, gradients of projected, initial_state and reset_state)"""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [
+        torch.randn(shape, generator=generator, requires_grad=True)
+        for shape in ((B, T, GATES[cell_type] * D), (B, D), (D,))
+    ]
+    resets, padding = (torch.rand(B, T, generator=generator) < 0.1 for _ in range(2))
+    projected, initial_state, reset_state = inputs
+    outputs = minrnn_scan(
+        projected, cell_type, initial_state,
+        reset_mask=resets, padding_mask=padding, reset_state=reset_state, backend="numba",
+    )  # fmt: skip
+    return *outputs, *torch.autograd.grad(
+        outputs, inputs, [torch.randn(y.shape, generator=generator) for y in outputs]
+    )
+
+
+def all_equal(left, right):
+    return all(torch.equal(x, y) for x, y in zip(left, right))
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+# Rows are shared out where there are at least as many as threads, columns otherwise; 3 rows are shared unevenly.
+@every_cell
+@pytest.mark.parametrize("B, D", [(1, 70), (1, 16), (2, 5), (3, 70)])
+def test_the_number_of_threads_changes_no_bit(cell_type, B, D, two_threads):
+    on_two = forward_and_backward(cell_type, B, D=D)
+    torch.set_num_threads(1)
+    assert all_equal(on_two, forward_and_backward(cell_type, B, D=D))
+
+
+@every_cell
+def test_two_python_threads_can_call_at_once(cell_type, two_threads):
+    seeds = range(40)
+    expected = [forward_and_backward(cell_type, B=1 + seed % 3, seed=seed) for seed in seeds]
+    with ThreadPoolExecutor(2) as callers:
+        actual = list(callers.map(lambda seed: forward_and_backward(cell_type, B=1 + seed % 3, seed=seed), seeds))
+    assert all(map(all_equal, actual, expected))
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for name in ("scan_numba", "causal_conv_numba"):
+        monkeypatch.delitem(sys.modules, f"modeling_minrnn.{name}", raising=False)
+    scan._numba_error.cache_clear()
+    yield
+    scan._numba_error.cache_clear()
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("T", [1, 5])
+def test_asking_for_an_absent_numba_says_what_to_install(without_numba, T):
+    with pytest.raises(ImportError, match='"numba" .* pip install numba'):
+        minrnn_scan(torch.zeros(1, T, 4), "mingru", backend="numba")
+
+
+@pytest.mark.oldest
+def test_auto_is_torch_where_numba_is_absent(without_numba):
+    projected = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    for auto, torch_ in zip(minrnn_scan(projected, "mingru"), minrnn_scan(projected, "mingru", backend="torch")):
+        assert torch.equal(auto, torch_)
+
+
+# In processes of their own
+
+
+def run(script, folder, **environment):
+    """What a script prints that has this file as `t`, and the package from `folder`."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"import test_scan_numba as t, torch\n{script}"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")])} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def checksum():
+    """Of all results; different for a single bit in any of them."""
+    results = [x.detach().numpy().tobytes() for cell_type in GATES for x in forward_and_backward(cell_type, B=2)]
+    return hashlib.sha256(b"".join(results)).hexdigest()
+
+
+def test_kernels_are_compiled_once_and_kept_on_disk(tmp_path):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+
+    assert run("print(t.checksum())", ROOT, NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
+    compiled = files()
+    assert compiled
+    assert run("print(t.checksum())", ROOT, NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
+    assert files() == compiled
+
+
+def test_a_machine_with_no_place_for_a_cache_compiles_in_memory(tmp_path):
+    """Also as root, whom no permission stops: every folder that numba would take is a file."""
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    a_file = tmp_path / PACKAGE.name / "__pycache__"
+    a_file.touch()
+    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(a_file))
+    assert run("print(t.checksum())", tmp_path, **nowhere).strip() == checksum()
+
+
+def test_a_process_forked_after_use_computes_the_same():
+    script = """
+import os
+torch.set_num_threads(2)
+expected = [t.forward_and_backward(c, B) for c in t.GATES for B in (1, 3)]
+child = os.fork()
+if child == 0:
+    import faulthandler
+    faulthandler.dump_traceback_later(60, exit=True)  # a child that waits for threads it does not have
+    actual = [t.forward_and_backward(c, B) for c in t.GATES for B in (1, 3)]
+    os._exit(0 if all(map(t.all_equal, actual, expected)) else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert all(map(t.all_equal, [t.forward_and_backward(c, B) for c in t.GATES for B in (1, 3)], expected))
+"""
+    run(script, ROOT)
