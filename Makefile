@@ -1,0 +1,26 @@
+# make train   install into .venv, train configs/demo.yaml (minutes on two CPU cores), complete a prompt
+# make test    lint and all tests, on two cores
+# Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+train: .venv/installed
+	$(BIN)/python train.py configs/demo.yaml $(ARGS)
+	$(BIN)/python -c 'from transformers import pipeline; \
+	  generate = pipeline("text-generation", "runs/demo", trust_remote_code=True); \
+	  print(generate("def read_", max_new_tokens=300, do_sample=True, temperature=0.7)[0]["generated_text"])'
+
+# Two workers on two cores: threads of their own would only get in each other's way.
+test: .venv/installed
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+# torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,train,trackers,dev]'
+	touch $@
+
+.PHONY: train test

@@ -1,0 +1,193 @@
+"""What the benchmarks share: threads, the order of measuring, the figures, and the record of a run.
+
+Every benchmark verifies its contenders first, then measures them with `interleave`, and hands each row to a `Report`,
+which appends it to a JSON-lines file together with what is needed to repeat it and prints a table at the end.
+
+Import this module before anything that loads numba: numba reads its number of threads once, at import.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+# One thread unless OMP_NUM_THREADS says otherwise: kernels are compared, not schedulers.
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
+os.environ["NUMBA_NUM_THREADS"] = str(THREADS)
+
+import torch  # noqa: E402
+
+torch.set_num_threads(THREADS)
+
+HERE = Path(__file__).resolve().parent
+
+
+class Samples(dict[Hashable, list[float]]):
+    """Seconds by contender, one sample a round."""
+
+    def seconds(self, name: Hashable) -> float:
+        return median(self[name])
+
+    def ratio(self, name: Hashable, base: Hashable) -> float:
+        """Median over the rounds of name / base. Paired by round, so that a slow spell of the machine cancels."""
+        return median(a / b for a, b in zip(self[name], self[base], strict=True))
+
+
+def timed(function: Callable[[], object]) -> Callable[[], float]:
+    """Turn a function into one that returns how many seconds a call took."""
+
+    def sample() -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    return sample
+
+
+def interleave(contenders: dict[Hashable, Callable[[], float]], rounds: int) -> Samples:
+    """Take one sample of every contender in each round, in an order that rotates from round to round.
+
+    A contender returns the seconds that it measured (see `timed`). One untimed round warms up caches and compilers.
+    """
+    names = list(contenders)
+    samples = Samples({name: [] for name in names})
+    for name in names:
+        contenders[name]()
+    gc.collect()
+    gc.disable()  # a collection would be charged to whoever is running
+    try:
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(contenders[name]())
+    finally:
+        gc.enable()
+    return samples
+
+
+def relative_error(tensors: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:
+    """The largest relative L2 error over pairs of tensors. NaN counts as infinite."""
+    pairs = [(t.double(), r.double()) for t, r in zip(tensors, reference, strict=True)]
+    errors = [float((t - r).norm() / r.norm()) for t, r in pairs]
+    return max(math.inf if math.isnan(error) else error for error in errors)
+
+
+def verify(name: str, error: float, tolerance: float) -> float:
+    """Return the error, or refuse to time a contender that computes something else."""
+    if not error <= tolerance:
+        raise RuntimeError(f"{name}: relative error {error:.2g} is above {tolerance:.2g}; not timed")
+    return error
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A measured figure with the target set for it."""
+
+    value: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool:
+        above = self.at_least is None or self.value >= self.at_least
+        return above and (self.at_most is None or self.value <= self.at_most)
+
+    def __str__(self) -> str:
+        if self.at_least is None and self.at_most is None:
+            return _text(self.value)
+        target = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+        return f"{_text(self.value)} {target} {'pass' if self.met else 'MISS'}"
+
+    def to_json(self) -> dict[str, object]:
+        return {"value": self.value, "at_least": self.at_least, "at_most": self.at_most, "met": self.met}
+
+
+def parser(name: str, doc: str, rounds: int) -> argparse.ArgumentParser:
+    """The flags that every benchmark takes."""
+    flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--rounds", type=int, default=rounds, help=f"samples of each contender (default {rounds})")
+    flags.add_argument("--only", default="", metavar="TEXT", help="run only the cases whose name contains TEXT")
+    output = HERE / "results" / f"{name}.jsonl"
+    flags.add_argument("--output", type=Path, default=output, help="JSON lines to append to (default %(default)s)")
+    flags.set_defaults(benchmark=name)
+    return flags
+
+
+class Report:
+    """Collects rows; writes each at once, so that an interrupted run keeps what it measured."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.rows: list[dict[str, object]] = []
+        self.run = {"benchmark": options.benchmark, "rounds": options.rounds, **_environment()}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+
+    def wants(self, case: str) -> bool:
+        """Whether --only selects this case; announces it if so."""
+        selected = self.options.only in case
+        if selected:
+            print(f"{self.options.benchmark}: {case} ...", file=sys.stderr, flush=True)
+        return selected
+
+    def add(self, **row: object) -> None:
+        self.rows.append(row)
+        plain = {key: value.to_json() if isinstance(value, Bound) else value for key, value in row.items()}
+        with self.options.output.open("a") as file:
+            file.write(json.dumps({**plain, **self.run}) + "\n")
+
+    def print_table(self) -> None:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        cells = [columns] + [[_text(row.get(column)) for column in columns] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        bounds = [value for row in self.rows for value in row.values() if isinstance(value, Bound)]
+        targets = [bound for bound in bounds if bound.at_least is not None or bound.at_most is not None]
+        print(f"{sum(bound.met for bound in targets)} of {len(targets)} targets met; rows in {self.options.output}")
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def _environment() -> dict[str, object]:
+    """What a reader needs to repeat the run."""
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        # The results that earlier runs appended do not make the code another one.
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "command": shlex.join(["python", *sys.argv]),
+        "device": _cpu_name(),
+        "threads": THREADS,
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numba")},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,107 @@
+"""Does the small Shakespeare model beat nanoGPT's CPU setting in no more wall time on the same core?
+
+    python benchmarks/quality.py PATH_TO/input.txt     (the 1,115,394 characters of tiny Shakespeare)
+
+nanogpt: GPT2LMHeadModel in the setting that nanoGPT's README gives for a CPU (4 layers, 4 heads, width 128, context
+    64, batch 12, 2000 steps, dropout 0, AdamW 1e-3 to 1e-4, fp32). Timed: its training steps alone.
+minrnn: `train.py configs/shakespeare-char-cpu.yaml`. Timed: the whole process, with start-up, tokenising, evaluations
+    and saving.
+Both train on the first 1,003,854 characters and report nats per character over all of the last 111,540: minrnn reads
+them once with its state carried, nanogpt in windows of its context, as it was trained.
+
+Target: held-out loss of minrnn <= 1.58, its time <= nanogpt's. One run of each, one after the other.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from harness import HERE, Bound, Report, parser
+from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel, get_cosine_with_min_lr_schedule_with_warmup
+
+CONTEXT, BATCH, STEPS, WARMUP_STEPS = 64, 12, 2000, 100
+TARGET_LOSS = 1.58
+
+
+def nanogpt(text: str) -> tuple[float, float, int]:
+    """(held-out loss, seconds of training, parameters)"""
+    alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
+    tokens = torch.tensor([alphabet[character] for character in text])
+    cut = int(0.9 * len(tokens))
+    training, held_out = tokens[:cut], tokens[cut:]
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(alphabet), n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4, use_cache=False,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+        )
+    )  # fmt: skip
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=1e-3, betas=(0.9, 0.99), fused=True,
+    )  # fmt: skip
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, WARMUP_STEPS, STEPS, min_lr_rate=0.1)
+    windows = training.unfold(0, CONTEXT + 1, 1)
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        batch = windows[torch.randint(len(windows), (BATCH,))]
+        loss = cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    seconds = time.perf_counter() - started
+
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(held_out) - 1, CONTEXT):
+            window = held_out[start : start + CONTEXT + 1]
+            total += cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="sum").item()
+    return total / (len(held_out) - 1), seconds, model.num_parameters()
+
+
+def minrnn(path: Path) -> tuple[float, float, int]:
+    """(held-out loss, seconds of the process, parameters)"""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [
+            sys.executable, "train.py", "configs/shakespeare-char-cpu.yaml",
+            f"data.files=[{path}]", f"train.output_dir={run}",
+        ]  # fmt: skip
+        started = time.perf_counter()
+        subprocess.run(command, cwd=HERE.parent, check=True)
+        seconds = time.perf_counter() - started
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        from modeling_minrnn import MinRNNForCausalLM
+
+        parameters = MinRNNForCausalLM.from_pretrained(run).num_parameters()
+    return min(row["held_out_loss"] for row in rows if "held_out_loss" in row), seconds, parameters
+
+
+def main() -> None:
+    flags = parser("quality", __doc__, rounds=1)
+    flags.add_argument("text", type=Path, help="tiny Shakespeare, as one file")
+    options = flags.parse_args()
+    report = Report(options)
+    loss, budget, parameters = nanogpt(options.text.read_text())
+    report.add(contender="nanogpt", parameters=parameters, seconds=budget, held_out_loss=loss)
+    loss, seconds, parameters = minrnn(options.text.resolve())
+    report.add(
+        contender="minrnn",
+        parameters=parameters,
+        seconds=Bound(seconds, at_most=budget),
+        held_out_loss=Bound(loss, at_most=TARGET_LOSS),
+    )
+    report.print_table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How fast is the scan on one CPU thread, against the paper's listing and against a plain copy?
+
+Timed: `minrnn_scan` from gate pre-activations to states, in fp32, with the backends "log" (the paper's cumsum and
+logcumsumexp), "torch" and "numba"; forward without gradient, and forward + backward to the pre-activations. "copy"
+copies as many bytes within existing memory as the pass has to move at least. With N = B T D and G = 2 (minGRU) or
+3 (minLSTM) pre-activations a state, in elements of 4 bytes, that is
+    forward   reads projected (G N), writes states (N):                                                  (G + 1) N
+    backward  reads projected (G N), states (N) and their gradient (N), writes projected's gradient (G N): (2 G + 2) N
+A copy reads and writes every byte, so it copies half of that sum.
+
+error: the largest relative L2 error of states, final state and gradient against the float64 loop. It is reported for
+"log", which loses precision with the length, and must be <= 3e-6 for the others before anything is timed.
+saved: bytes that autograd keeps for the backward pass, per state element; projected and states alone are 4 (G + 1).
+
+Targets, forward + backward:  torch >= 6x the speed of log (4.5x at 1,262144,64), numba >= 25x (20x).
+
+    python benchmarks/scan.py [--only 16,256,384] [--rounds 11]
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from harness import Bound, Report, interleave, parser, relative_error, timed, verify
+
+from modeling_minrnn.scan import GATES, minrnn_scan
+
+SHAPES = [(16, 256, 384), (8, 1024, 512), (64, 512, 64), (1, 16384, 512), (1, 262144, 64)]  # B, T, D
+BACKENDS = ["log", "torch", "numba"]
+LONGEST = (1, 262144, 64)
+SPEEDUPS = {"torch": (6, 4.5), "numba": (25, 20)}  # over "log": elsewhere, at LONGEST
+TOLERANCE = 3e-6
+
+
+def forward(projected: torch.Tensor, gradient: torch.Tensor, cell_type: str, backend: str) -> None:
+    with torch.no_grad():
+        minrnn_scan(projected, cell_type, backend=backend)
+
+
+def forward_backward(
+    projected: torch.Tensor, gradient: torch.Tensor, cell_type: str, backend: str
+) -> list[torch.Tensor]:
+    """States, final state, and the gradient of sum(states * gradient) with respect to `projected`."""
+    states, final_state = minrnn_scan(projected, cell_type, backend=backend)
+    return [states.detach(), final_state.detach(), *torch.autograd.grad(states, projected, gradient)]
+
+
+def copy(bytes_moved: int) -> Callable[[], object]:
+    """A copy within existing memory that reads half of `bytes_moved` and writes the other half."""
+    source, target = torch.ones(2, bytes_moved // 2, dtype=torch.uint8)
+    return lambda: target.copy_(source)
+
+
+def saved_bytes(projected: torch.Tensor, cell_type: str, backend: str) -> int:
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # kept: a freed address could come back as another tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        minrnn_scan(projected, cell_type, backend=backend)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def measure(report: Report, shape: tuple[int, int, int], cell_type: str) -> None:
+    B, T, D = shape
+    generator = torch.Generator().manual_seed(0)
+    projected = torch.randn(B, T, GATES[cell_type] * D, generator=generator).requires_grad_()
+    gradient = torch.randn(B, T, D, generator=generator)
+
+    oracle = forward_backward(projected.detach().double().requires_grad_(), gradient.double(), cell_type, "loop")
+    errors = {b: relative_error(forward_backward(projected, gradient, cell_type, b), oracle) for b in BACKENDS}
+    for backend in SPEEDUPS:
+        verify(f"{backend} {cell_type} {shape}", errors[backend], TOLERANCE)
+    del oracle
+
+    elements = gradient.numel()
+    saved = {backend: saved_bytes(projected, cell_type, backend) / elements for backend in BACKENDS}
+    tensors_moved = GATES[cell_type] + 1
+    for name, run, bytes_moved in (
+        ("forward", forward, 4 * elements * tensors_moved),
+        ("forward+backward", forward_backward, 4 * elements * 3 * tensors_moved),
+    ):
+        contenders = {backend: timed(partial(run, projected, gradient, cell_type, backend)) for backend in BACKENDS}
+        samples = interleave({"copy": timed(copy(bytes_moved)), **contenders}, report.options.rounds)
+        for backend in BACKENDS:
+            has_target = backend in SPEEDUPS and run is forward_backward
+            report.add(
+                shape=",".join(map(str, shape)),
+                cell=cell_type,
+                timed=name,
+                backend=backend,
+                ms=1e3 * samples.seconds(backend),
+                speedup_over_log=Bound(
+                    samples.ratio("log", backend), at_least=SPEEDUPS[backend][shape == LONGEST] if has_target else None
+                ),
+                times_copy=samples.ratio(backend, "copy"),
+                error=errors[backend],
+                saved_bytes_per_element=saved[backend],
+            )
+
+
+def main() -> None:
+    report = Report(parser("scan", __doc__, rounds=11).parse_args())
+    for shape in SHAPES:
+        for cell_type in GATES:
+            if report.wants(f"{','.join(map(str, shape))} {cell_type}"):
+                measure(report, shape, cell_type)
+    report.print_table()
+
+
+if __name__ == "__main__":
+    main()

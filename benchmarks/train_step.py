@@ -1,0 +1,150 @@
+"""How much of a training step is the recurrence, how far is the step from its matrix products, and is it faster than
+Llama and GPT-2 of equal size?
+
+Timed on one CPU thread, fp32: forward, loss, backward and a fused AdamW step of a causal language model of 6 layers,
+width 384, vocabulary 256, on 4096 tokens a batch. Contenders:
+    torch, numba  MinRNNForCausalLM with that scan backend; otherwise its default configuration
+    identity      the same step with the scan replaced by a slice: states = the first D columns of its input
+    products      the step's matrix products alone: for each Linear, one forward and two backward products
+    llama, gpt2   from transformers, sdpa attention, equal parameter counts (within 3 %)
+Before timing, loss and gradients of "torch" and "numba" are compared with the loop's, and the multiplications of
+"products" are counted against those of the model.
+
+Targets: step / identity <= 1.10 numba, 1.20 torch (T = 256); step / products <= 1.15 (numba, T = 256);
+faster than llama and gpt2 (numba, T >= 1024).
+
+    python benchmarks/train_step.py [--only "256 mingru"] [--rounds 7] [--profile]
+"""
+
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from harness import Bound, Report, interleave, parser, relative_error, timed, verify
+from models import VOCABULARY, minrnn, transformers_of_equal_size
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from modeling_minrnn import modeling_minrnn
+from modeling_minrnn.scan import GATES
+
+TOKENS = 4096  # a batch
+LENGTHS = [256, 1024, 4096]
+OVER_IDENTITY = {"torch": 1.20, "numba": 1.10}  # at SHORTEST
+OVER_PRODUCTS = {"torch": None, "numba": 1.15}  # at SHORTEST
+SHORTEST = LENGTHS[0]
+TOLERANCE = 5e-3  # g has a kink at 0: one candidate within rounding of 0 moves a gradient by 1 / sqrt(elements)
+
+
+class TrainingStep:
+    """Forward, loss, backward and update; made anew for each contender, so that none trains another's weights."""
+
+    def __init__(self, model: PreTrainedModel, tokens: torch.Tensor):
+        self.model = model.train()
+        self.tokens = tokens
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def loss_and_gradients(self) -> list[torch.Tensor]:
+        loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
+        return [loss.detach(), *torch.autograd.grad(loss, list(self.model.parameters()))]
+
+    def __call__(self) -> None:
+        self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def without_scan(step: TrainingStep) -> Callable[[], None]:
+    def identity(projected, cell_type, *_, **__):
+        states = projected[..., : projected.shape[-1] // GATES[cell_type]]
+        return states, states[:, -1]
+
+    def run() -> None:
+        with mock.patch.object(modeling_minrnn, "minrnn_scan", identity):
+            step()
+
+    return run
+
+
+def matrix_products(model: PreTrainedModel, rows: int) -> Callable[[], None]:
+    """Per Linear (in -> out) on `rows` rows: outputs, gradient of the inputs, gradient of the weight."""
+    weights = [m.weight.detach().clone() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    operands = [(torch.randn(rows, w.shape[1]), w, torch.randn(rows, w.shape[0])) for w in weights]
+
+    def run() -> None:
+        for inputs, weight, gradient in operands:
+            inputs @ weight.T
+            gradient @ weight
+            gradient.T @ inputs
+
+    return run
+
+
+def product_flops(function: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+def measure(report: Report, length: int, cell_type: str) -> None:
+    tokens = torch.randint(VOCABULARY, (TOKENS // length, length), generator=torch.Generator().manual_seed(0))
+    steps = {backend: TrainingStep(minrnn(cell_type, backend), tokens) for backend in OVER_IDENTITY}
+    oracle = TrainingStep(minrnn(cell_type, "loop"), tokens).loss_and_gradients()
+    for backend, step in steps.items():
+        verify(f"{backend} {cell_type} T={length}", relative_error(step.loss_and_gradients(), oracle), TOLERANCE)
+    del oracle
+
+    contenders: dict[str, Callable[[], None]] = dict(steps)
+    if length == SHORTEST:
+        contenders["identity"] = without_scan(TrainingStep(minrnn(cell_type), tokens))
+        contenders["products"] = matrix_products(minrnn(cell_type), TOKENS)
+        if product_flops(contenders["products"]) != product_flops(contenders["identity"]):
+            raise RuntimeError("the stand-alone matrix products are not those of the training step")
+    for name, model in transformers_of_equal_size(steps["torch"].model, positions=length).items():
+        steps[name] = contenders[name] = TrainingStep(model, tokens)
+
+    samples = interleave({name: timed(run) for name, run in contenders.items()}, report.options.rounds)
+    for name in contenders:
+        row = {"T": length, "cell": cell_type, "contender": name, "ms": 1e3 * samples.seconds(name)}
+        if name in steps:
+            row |= {
+                "parameters": steps[name].model.num_parameters(),
+                "tokens_per_s": TOKENS / samples.seconds(name),
+            }
+        if name in OVER_IDENTITY:
+            ahead = 1 if name == "numba" and length > SHORTEST else None
+            row |= {f"speedup_over_{m}": Bound(samples.ratio(m, name), at_least=ahead) for m in ("llama", "gpt2")}
+            if length == SHORTEST:
+                row["over_identity"] = Bound(samples.ratio(name, "identity"), at_most=OVER_IDENTITY[name])
+                row["over_products"] = Bound(samples.ratio(name, "products"), at_most=OVER_PRODUCTS[name])
+        report.add(**row)
+
+
+def print_profile(length: int, cell_type: str) -> None:
+    tokens = torch.randint(VOCABULARY, (TOKENS // length, length))
+    step = TrainingStep(minrnn(cell_type), tokens)
+    step()  # warm-up
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
+
+
+def main() -> None:
+    flags = parser("train_step", __doc__, rounds=7)
+    flags.add_argument("--profile", action="store_true", help="print where one step spends its time instead")
+    options = flags.parse_args()
+    report = Report(options)
+    for length in LENGTHS:
+        for cell_type in ("mingru", "minlstm"):
+            if report.wants(f"{length} {cell_type}"):
+                if options.profile:
+                    print_profile(length, cell_type)
+                else:
+                    measure(report, length, cell_type)
+    if not options.profile:
+        report.print_table()
+
+
+if __name__ == "__main__":
+    main()

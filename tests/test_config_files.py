@@ -1,0 +1,96 @@
+"""Settings: the shipped files are valid, and every fault is one line that names the key and the file."""
+
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config import load_config_from_file
+
+from modeling_minrnn import MinRNNConfig
+from training.config import InputError, load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+MINIMAL = """
+data: {dataset: python-stdlib}
+train: {steps: 9, batch_size: 2, sequence_length: 8, learning_rate: 0.01, eval_every_steps: 3, save_every_steps: 4,
+        output_dir: out}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_run_is_valid(path):
+    # The path that a user gives for files is not part of a shipped file.
+    files = ["data.files=[input.txt]"] if path.stem.startswith("shakespeare") else []
+    config = load_config(str(path), files)
+    MinRNNConfig(**config.model)
+    assert config.train.output_dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_launch_file_is_one_of_accelerate(path):
+    load_config_from_file(str(path))
+
+
+def test_a_value_on_the_command_line_wins_over_the_file_and_the_file_over_the_default(minimal):
+    config = load_config(minimal, ["train.steps=10", "train.betas=[0.8,0.99]", "model.hidden_size=32"])
+    assert (config.train.steps, config.train.batch_size, config.train.seed) == (10, 2, 0)
+    assert config.train.betas == (0.8, 0.99)
+    assert config.model == {"hidden_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lerning_rate=1", "unknown key train.lerning_rate; the nearest known one is train.learning_rate"),
+        ("data.tokeniser=byte", "unknown key data.tokeniser; the nearest known one is data.tokenizer"),
+        ("trian.steps=1", "unknown section trian; the nearest known one is train"),
+        ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        ("train.steps=1.5", "train.steps: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("train.bf16=maybe", "train.bf16: Value 'maybe' is not a valid bool (type str)"),
+        ("train.schedule=linear", "train.schedule: Invalid value 'linear', expected one of ['cosine', 'wsd']"),
+        ("train.betas=[0.9]", "train.betas: TupleConfig length 1 does not match type hint length 2"),
+        ("train=3", "section train is not a mapping of keys to values"),
+        ("train.steps", "'train.steps' is not of the form section.key=value"),
+    ],
+)
+def test_a_wrong_override_is_one_line_about_its_key(minimal, override, message):
+    with pytest.raises(InputError) as error:
+        load_config(minimal, [override])
+    assert str(error.value) == f"command line: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {stepz: 3}", "unknown key train.stepz; the nearest known one is train.steps"),
+        ("data: {dataset: python-stdlib}", "train.steps is missing"),
+        ("- train", "not a mapping of the sections model, data and train"),
+        ("train: [", "while parsing a flow node did not find expected node content"),
+        (MINIMAL.replace("steps: 9", "steps: 0"), "train.steps is 0: must be at least 1"),
+        (MINIMAL.replace("length: 8", "length: 0"), "train.sequence_length is 0: must be at least 1"),
+        (MINIMAL.replace("dataset: python-stdlib", ""), "data: set either data.dataset"),
+        (MINIMAL.replace("python-stdlib", "python-stdlib, files: [a]"), "data: set either data.dataset"),
+        (MINIMAL.replace("python-stdlib", "python-stdlib, held_out_fraction: 1"), "data.held_out_fraction is 1.0"),
+        (MINIMAL.replace("steps: 9", "steps: 9, warmup_steps: 10"), "train.warmup_steps + train.decay_steps is 10"),
+        (MINIMAL.replace("steps: 9", "steps: 9, schedule: wsd"), "train.decay_steps is 0: must be positive"),
+        (MINIMAL.replace("0.01", ".nan"), "train.learning_rate is nan: must be positive"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_starts_with_its_path(tmp_path, text, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_config(str(path), [])
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(InputError, match=r"^configs/absent\.yaml: no such configuration file$"):
+        load_config("configs/absent.yaml", [])

@@ -1,0 +1,281 @@
+"""Data: documents are split without a leak, tokens are stored without a loss, batches are reproducible."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.config import STDLIB, DataConfig, InputError
+from training.data import (
+    PIECE_CHARACTERS,
+    RandomWindows,
+    StreamedWindows,
+    TokenStream,
+    cut,
+    is_held_out,
+    load_documents,
+    token_stream,
+)
+from training.tokenizers import byte_tokenizer, character_tokenizer
+
+ROOT = Path(__file__).parent.parent
+EOS = byte_tokenizer().eos_token_id
+
+
+def texts(documents):
+    return [document["text"] for document in documents]
+
+
+def tokens(stream):
+    return stream.read(0, len(stream)).tolist()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A local data set of 300 documents as JSON lines, each with its number and a tail of another length."""
+    with (tmp_path / "train.jsonl").open("w") as file:
+        for number in range(300):
+            file.write(json.dumps({"body": f"{number} {'é' * (number % 40)}", "number": number}) + "\n")
+    return tmp_path
+
+
+# ---- Splits
+
+
+@given(st.lists(st.text(min_size=1), min_size=1), st.floats(0.01, 0.99))
+def test_files_split_at_a_character_of_all_files_together(tmp_path_factory, contents, fraction):
+    folder = tmp_path_factory.mktemp("files")
+    contents = [content.replace("\0", "0") for content in contents]
+    for number, content in enumerate(contents):
+        (folder / f"{number:03d}.txt").write_bytes(content.encode())
+    whole = "".join(contents)
+    keep = int((1 - fraction) * len(whole))
+    config = DataConfig(files=[str(folder / "*.txt")], held_out_fraction=fraction)
+    if not 0 < keep < len(whole):
+        with pytest.raises(InputError, match="split of .* has no text"):
+            load_documents(config)
+        return
+    training, held_out = load_documents(config)
+    assert "".join(texts(training)) == whole[:keep]
+    assert "".join(texts(held_out)) == whole[keep:]
+
+
+def test_a_text_of_the_size_of_tiny_shakespeare_splits_like_everywhere(tmp_path):
+    (tmp_path / "input.txt").write_text("x" * 1_115_394)
+    training, held_out = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))
+    assert [len(text) for text in texts(training) + texts(held_out)] == [1_003_854, 111_540]
+
+
+def test_held_out_files_are_taken_as_they_are(tmp_path):
+    for name in ("a", "b", "held"):
+        (tmp_path / name).write_text(name * 3)
+    config = DataConfig(files=[str(tmp_path / "[ab]")], held_out_files=[str(tmp_path / "held")])
+    assert [texts(split) for split in load_documents(config)] == [["aaa", "bbb"], ["heldheldheld"]]
+
+
+def test_the_standard_library_splits_by_file_and_the_same_in_every_process():
+    here = [texts(split) for split in load_documents(DataConfig(dataset=STDLIB))]
+    program = (
+        "from training.data import *\n"
+        f"for split in load_documents(DataConfig(dataset={STDLIB!r})): print(*(len(d['text']) for d in split))"
+    )
+    elsewhere = subprocess.check_output(
+        [sys.executable, "-c", program], text=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "1"}
+    )
+    assert [[len(text) for text in split] for split in here] == [
+        [int(length) for length in line.split()] for line in elsewhere.splitlines()
+    ]
+    training, held_out = map(set, here)
+    assert not training & held_out
+    assert 7 < len(training) / len(held_out) < 12  # 9 expected
+    assert any("class Counter(dict):" in text for text in training | held_out)
+
+
+def test_documents_of_a_data_set_go_to_one_side_by_their_text(folder):
+    duplicates = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(duplicates * 2)
+    training, held_out = map(texts, load_documents(DataConfig(dataset=str(folder), text_column="body")))
+    assert len(training) + len(held_out) == 600
+    assert not set(training) & set(held_out)
+    assert 30 <= len(held_out) <= 90  # 60 expected
+
+
+@given(st.floats(0.001, 0.999))
+def test_the_share_of_held_out_keys_is_the_fraction(fraction):
+    share = sum(is_held_out(str(number), fraction) for number in range(4000)) / 4000
+    assert abs(share - fraction) < 0.04  # five standard deviations
+
+
+def test_a_split_of_its_own_is_taken_whole(folder):
+    Dataset.from_dict({"body": ["held out"]}).to_parquet(folder / "test.parquet")
+    Dataset.from_dict({"body": ["one", "", "two"]}).to_parquet(folder / "train.parquet")
+    (folder / "train.jsonl").unlink()
+    config = DataConfig(dataset=str(folder), held_out_split="test", text_column="body")
+    assert [texts(split) for split in load_documents(config)] == [["one", "two"], ["held out"]]
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"text\xff\xfe", r"is not UTF-8 text: byte 4 is 0xff"), (b"ab\0c", r"is not text: byte 2 is 0x00")],
+)
+def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path, content, message):
+    path = tmp_path / "binary"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{path} {message}$"):
+        load_documents(DataConfig(files=[str(path)]))
+
+
+def test_a_pattern_without_a_match_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"^data.files: .*/\*\.txt matches no file$"):
+        load_documents(DataConfig(files=[f"{tmp_path}/*.txt"]))
+
+
+def test_an_empty_corpus_is_named(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match=r"^data: the training split of .*empty\.txt'\] has no text$"):
+        load_documents(DataConfig(files=[str(tmp_path / "empty.txt")]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "absent/absent"}, r"^data\.dataset 'absent/absent', split 'train': Couldn't reach"),
+        ({"split": "valid"}, r"split 'valid': Unknown split \"valid\"\. Should be one of \['train'\]"),
+        ({}, r"^data\.text_column 'text' is not a column of .*: \['body', 'number'\]$"),
+    ],
+)
+def test_a_data_set_that_is_not_there_is_named(folder, settings, message):
+    with pytest.raises(InputError, match=message):
+        load_documents(DataConfig(**{"dataset": str(folder)} | settings))
+
+
+# ---- Tokens
+
+
+@given(st.text(alphabet="ab\n", max_size=200), st.integers(1, 30))
+def test_pieces_of_a_text_are_bounded_and_lose_nothing(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.data.PIECE_CHARACTERS", size)
+        pieces = list(cut(text))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= size for piece in pieces)
+    assert all(piece.endswith("\n") or "\n" not in piece for piece in pieces[:-1])
+
+
+def test_a_stream_is_all_documents_with_an_end_token_between_them():
+    documents = ["one", "é" * (2 * PIECE_CHARACTERS + 5), "<eos>", "four"]
+    stream = token_stream(Dataset.from_dict({"text": documents}), byte_tokenizer())
+    expected = [[*text.encode(), EOS] for text in documents]
+    assert tokens(stream) == sum(expected, [])[:-1]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any), st.data())
+def test_reading_a_stream_equals_slicing_the_joined_arrays(lengths, data):
+    start, length = data.draw(st.integers(0, sum(lengths) - 1)), data.draw(st.integers(1, 60))
+    arrays = [np.arange(100 * i, 100 * i + length, dtype=np.uint16) for i, length in enumerate(lengths)]
+    joined = np.concatenate(arrays).astype(np.int64)
+    stream = TokenStream(arrays)
+    assert len(stream) == len(joined)
+    np.testing.assert_array_equal(stream.read(start, start + length).numpy(), joined[start : start + length])
+
+
+def test_a_vocabulary_beyond_16_bits_keeps_its_ids():
+    alphabet = [chr(0x10000 + index) for index in range(2**16 + 1)]
+    stream = token_stream(Dataset.from_dict({"text": [alphabet[-1] + alphabet[0]]}), character_tokenizer(alphabet))
+    assert tokens(stream) == [2**16, 0]
+
+
+@pytest.mark.parametrize("limit", [2, 50, 10**6])
+def test_streaming_reads_the_same_held_out_tokens_as_the_stored_data_set(folder, limit):
+    streams = []
+    for streaming in (False, True):
+        config = DataConfig(dataset=str(folder), text_column="body", streaming=streaming, held_out_tokens=limit)
+        streams.append(tokens(token_stream(load_documents(config)[1], byte_tokenizer(), limit)))
+    assert streams[0] == streams[1]
+    assert len(streams[0]) == limit or limit == 10**6
+
+
+def test_stored_tokens_are_read_from_the_disk(folder):
+    documents, _ = load_documents(DataConfig(dataset=str(folder), text_column="body"))
+    stream = token_stream(documents, byte_tokenizer())
+    owner = stream.arrays[0]
+    assert not owner.flags.owndata and not owner.flags.writeable
+
+
+def test_a_split_of_one_token_is_refused():
+    with pytest.raises(InputError, match="nothing to predict"):
+        token_stream(Dataset.from_dict({"text": ["a"]}), byte_tokenizer())
+
+
+# ---- Batches
+
+
+def windows(length=1000, seed=0, rows=slice(None), sequence_length=16, batch_size=6):
+    return RandomWindows(TokenStream([np.arange(length)]), sequence_length, batch_size, seed, rows)
+
+
+@given(st.integers(2, 40), st.data())
+def test_windows_are_stretches_of_the_stream_and_reach_both_of_its_ends(length, data):
+    sequence_length = data.draw(st.integers(1, length - 1))
+    batches = windows(length, sequence_length=sequence_length, batch_size=600)
+    batch = next(batches)
+    assert (batch == batch[:, :1] + torch.arange(sequence_length + 1)).all()
+    assert (batch.min(), batch.max()) == (0, length - 1)
+
+
+def test_batches_depend_on_the_seed_and_the_position_alone():
+    first = [next(windows()) for _ in range(2)]
+    assert torch.equal(*first)
+    assert not torch.equal(next(windows(seed=1)), first[0])
+    batches, resumed = windows(), windows()
+    seen = [next(batches) for _ in range(3)]
+    assert not torch.equal(seen[0], seen[1])
+    resumed.load_state_dict(json.loads(json.dumps(batches.state_dict())))
+    assert torch.equal(next(resumed), next(batches))
+
+
+def test_processes_share_out_the_rows_of_one_batch():
+    whole = next(windows())
+    parts = [next(windows(rows=slice(process, None, 3))) for process in range(3)]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+
+
+def test_a_sequence_longer_than_the_corpus_is_refused():
+    windows(17)
+    with pytest.raises(InputError, match="^train.sequence_length is 16, .* has 16 tokens: must be at most 15$"):
+        windows(16)
+
+
+def streamed(folder, sequence_length=7, rows=3):
+    config = DataConfig(dataset=str(folder), text_column="body", streaming=True, held_out_tokens=50)
+    documents = load_documents(config)[0]
+    return documents, StreamedWindows(documents, byte_tokenizer(), sequence_length, rows)
+
+
+def test_streamed_windows_predict_every_token_once_and_start_over_at_the_end(folder):
+    documents, batches = streamed(folder)
+    epoch = [token for text in texts(documents) for token in (*text.encode(), EOS)]
+    predicted = torch.cat([next(batches)[:, 1:].flatten() for _ in range(2 * len(epoch) // 21 + 1)]).tolist()
+    assert predicted == (epoch * 3)[1 : len(predicted) + 1]
+
+
+def test_streamed_windows_resume_where_they_were_also_in_a_second_pass(folder):
+    for position in (1, 5, 400):
+        _, batches = streamed(folder)
+        for _ in range(position):
+            next(batches)
+        state = json.loads(json.dumps(batches.state_dict()))
+        _, resumed = streamed(folder)
+        resumed.load_state_dict(state)
+        assert all(torch.equal(next(resumed), next(batches)) for _ in range(400))

@@ -1,0 +1,481 @@
+"""train.py end to end on small text: what it leaves behind, how it goes on after a stop, what it refuses."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import train
+from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from training.config import InputError, TrainConfig, load_config
+from training.data import TokenStream, load_documents, token_stream
+from training.report import read_metrics
+from training.tokenizers import byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TEXT = "".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(12))
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """Writes a configuration file for a run of seconds, changed by "section.key" arguments, and returns its path."""
+    (tmp_path / "corpus.txt").write_text(TEXT)
+
+    def write(**changes):
+        config = OmegaConf.create(
+            {
+                "model": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32},
+                "data": {"files": [str(tmp_path / "corpus.txt")], "held_out_tokens": 200},
+                "train": {
+                    "steps": 8,
+                    "batch_size": 4,
+                    "sequence_length": 16,
+                    "learning_rate": 0.01,
+                    "warmup_steps": 2,
+                    "log_every_steps": 1,
+                    "eval_every_steps": 4,
+                    "save_every_steps": 4,
+                    "output_dir": str(tmp_path / "run"),
+                },
+            }
+        )
+        for key, value in changes.items():
+            OmegaConf.update(config, key, value)
+        OmegaConf.save(config, tmp_path / "config.yaml")
+        return str(tmp_path / "config.yaml")
+
+    return write
+
+
+@pytest.fixture
+def run(setting):
+    """Trains in this process and returns the output folder."""
+
+    def run(**changes):
+        path = setting(**changes)
+        assert train.main(path, []) == 0
+        return Path(OmegaConf.load(path).train.output_dir)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its settings for the life of a process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def weights(folder):
+    """The parameters of the newest checkpoint."""
+    return load_file(max(folder.glob("checkpoints/*")) / "model.safetensors")
+
+
+def assert_equal_weights(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def losses(folder, key="loss"):
+    return [row[key] for row in read_metrics(folder) if key in row]
+
+
+# ---- What a run does
+
+
+def test_training_on_the_standard_library_lowers_its_held_out_loss(run, tmp_path, monkeypatch):
+    library = tmp_path / "library"
+    library.mkdir()
+    for name in ("abc", "base64", "bisect", "calendar", "cmd", "copy", "csv", "dis", "enum", "glob", "heapq", "shlex"):
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", library)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    folder = run(
+        **{
+            "data": {"files": [], "dataset": "python-stdlib", "held_out_fraction": 0.3, "held_out_tokens": 2000},
+            "train.steps": 60,
+            "train.batch_size": 8,
+            "train.sequence_length": 64,
+            "train.eval_every_steps": 20,
+        }
+    )
+    held_out = losses(folder, "held_out_loss")
+    assert losses(folder)[0] == pytest.approx(math.log(258), abs=0.3)  # untrained: all tokens alike
+    assert held_out == sorted(held_out, reverse=True)
+    assert held_out[-1] < 3.5  # the frequencies of single bytes alone give about 3.3
+
+
+@pytest.mark.oldest
+def test_the_output_folder_loads_in_transformers_and_has_the_loss_that_was_reported(run, tmp_path):
+    folder = run(**{"data.held_out_tokens": None})
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    keep = int(0.9 * len(TEXT))
+    tokens = tokenizer(TEXT[keep:], return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(tokens).logits[0, :-1].double()
+    loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item()
+    assert loss == pytest.approx(min(losses(folder, "held_out_loss")), rel=1e-5)
+
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    generator = pipeline("text-generation", str(folder))
+    text = generator("3 times", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("3 times") and len(text) > len("3 times")
+
+
+@pytest.mark.oldest
+def test_the_output_folder_has_the_loss_curve_and_a_model_card(run):
+    folder = run()
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [4, 8]
+    for row in rows:
+        if "held_out_loss" in row:
+            assert row["bits_per_byte"] == pytest.approx(row["held_out_loss"] / math.log(2))
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG\r\n")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: transformers" in card
+    assert f"{min(losses(folder, 'held_out_loss')):.4f} nats per token" in card
+    assert "hidden_size: 16" in card and "{{" not in card
+
+
+def test_the_model_folder_keeps_the_best_evaluation_not_the_last(run):
+    folder = run(**{"train.learning_rate": 3.0, "train.warmup_steps": 0, "train.eval_every_steps": 1})
+    held_out = losses(folder, "held_out_loss")
+    assert min(held_out) < held_out[-1]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    _, documents = load_documents(load_config(str(folder / "run.yaml"), []).data)
+    stream = token_stream(documents, byte_tokenizer(), 200)
+    assert train.evaluate(model, stream) == pytest.approx(min(held_out), rel=1e-6)
+
+
+def test_training_stops_early_without_a_new_best(run):
+    folder = run(
+        **{
+            "train.learning_rate": 3.0,
+            "train.warmup_steps": 0,
+            "train.steps": 30,
+            "train.eval_every_steps": 1,
+            "train.early_stopping_patience": 3,
+        }
+    )
+    held_out = losses(folder, "held_out_loss")
+    assert len(held_out) < 30
+    assert held_out.index(min(held_out)) == len(held_out) - 4
+
+
+def test_samples_are_printed_and_do_not_change_training(run, tmp_path, capsys):
+    dropout = {"model.dropout": 0.1}  # training draws random numbers of its own
+    plain = run(**dropout)
+    capsys.readouterr()
+    prompts = {"train.sample_prompts": ["3 times", "5 times"], "train.sample_tokens": 3}
+    sampled = run(**dropout, **prompts, **{"train.output_dir": str(tmp_path / "sampled")})
+    output = capsys.readouterr()
+    assert (output.out + output.err).count("\n3 times") + (output.out + output.err).count("\r3 times") == 2
+    assert_equal_weights(weights(plain), weights(sampled))
+
+
+def test_tokens_and_parameters_are_printed_before_training(run, capsys):
+    folder = run()
+    first = capsys.readouterr().out.splitlines()[0]
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert first.startswith(f"{parameters:,} parameters")
+    assert "64 tokens a step, 512 in 8 steps; 200 held-out tokens" in first
+
+
+def test_accumulated_micro_batches_equal_one_batch(run, tmp_path):
+    whole = run()
+    parts = run(**{"train.gradient_accumulation_steps": 4, "train.output_dir": str(tmp_path / "parts")})
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
+def test_trackers_receive_the_run(run, tracker):
+    folder = run(**{"train.trackers": [tracker]})
+    written = {"tensorboard": folder.rglob("events.out.*"), "trackio": Path(os.environ["HF_HOME"]).rglob("run.db")}
+    assert list(written[tracker])
+
+
+def test_bf16_follows_fp32_within_its_precision(run, tmp_path):
+    full = run()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    half = run(**{"train.bf16": True, "train.output_dir": str(tmp_path / "half")})
+    assert losses(half) == pytest.approx(losses(full), rel=0.01)
+    assert losses(half) != losses(full)
+    assert all(weight.dtype == torch.float32 for weight in weights(half).values())
+
+
+def test_streaming_trains_and_resumes_on_a_local_data_set(run, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rows = [json.dumps({"text": line}) for line in TEXT.splitlines()]
+    (corpus / "train.jsonl").write_text("\n".join(rows))
+    data = {"data": {"files": [], "dataset": str(corpus), "streaming": True, "held_out_tokens": 100}}
+    whole = run(**data)
+    shutil.copytree(whole, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000008")
+    resumed = run(**data, **{"train.output_dir": str(tmp_path / "stopped"), "train.resume": True})
+    assert losses(resumed) == losses(whole)
+    assert_equal_weights(weights(resumed), weights(whole))
+
+
+# ---- Evaluation
+
+
+def tiny_model(**arguments):
+    set_seed(0)
+    return MinRNNForCausalLM(MinRNNConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, **arguments))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("cell_type", ["mingru", "minlstm"])
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 7, 99, 100, 1000])
+def test_evaluation_in_chunks_equals_one_forward_pass_over_everything(cell_type, chunk_tokens):
+    model = tiny_model(cell_type=cell_type).eval()
+    torch.nn.init.normal_(model.lm_head.weight)  # predictions far from uniform
+    tokens = torch.randint(50, (100,))
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.double(), tokens[1:]).item()
+    stream = TokenStream([tokens[:33].numpy(), tokens[33:].numpy()])
+    assert train.evaluate(model, stream, chunk_tokens) == pytest.approx(expected, rel=1e-6)
+    assert expected > 4.5  # not the loss of a uniform prediction, 3.9
+
+
+# ---- Optimizer
+
+
+def test_weight_decay_spares_all_but_the_matrices_of_linear_layers():
+    model = tiny_model(tie_word_embeddings=False, learned_initial_state=True, max_timescale=100)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed, spared = train.parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    kinds = {names[p].removesuffix(".weight").split(".")[-1] for p in decayed["params"]}
+    assert kinds == {"out_proj", "up_proj", "down_proj", "lm_head"}
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_an_output_tied_to_the_embedding_is_not_decayed():
+    model = tiny_model(tie_word_embeddings=True)
+    decayed, _ = train.parameter_groups(model, 0.3)
+    assert all(parameter is not model.lm_head.weight for parameter in decayed["params"])
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.55, 100: 0.1}),
+        ("wsd", {10: 1.0, 50: 1.0, 80: 1.0, 90: 0.55, 100: 0.1}),
+    ],
+)
+def test_the_learning_rate_warms_up_and_comes_down_to_its_minimum(schedule, expected):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=2.0)
+    settings = TrainConfig(
+        steps=100, warmup_steps=10, schedule=schedule, decay_steps=20 if schedule == "wsd" else 0
+    )  # fmt: skip
+    scheduler = train.learning_rate_schedule(optimizer, settings)
+    rates = []
+    for _ in range(101):
+        rates.append(scheduler.get_last_lr()[0] / 2.0)
+        optimizer.step()
+        scheduler.step()
+    assert {step: rates[step] for step in expected} == pytest.approx(expected)
+
+
+# ---- Stopping and going on
+
+
+@pytest.mark.oldest
+def test_a_resumed_run_equals_one_that_was_never_stopped(run, tmp_path):
+    dropout = {"model.dropout": 0.1, "train.sample_prompts": ["3 times"], "train.sample_tokens": 5}
+    whole = run(**dropout)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step-00000008")
+    resumed = run(**dropout, **{"train.output_dir": str(stopped), "train.resume": True})
+    assert_equal_weights(weights(resumed), weights(whole))
+    assert losses(resumed) == losses(whole)
+    assert losses(resumed, "held_out_loss") == losses(whole, "held_out_loss")
+    optimizers = [torch.load(f / "checkpoints" / "step-00000008" / "optimizer.bin") for f in (whole, resumed)]
+    for index, state in optimizers[0]["state"].items():
+        assert all(torch.equal(state[key], optimizers[1]["state"][index][key]) for key in state)
+
+
+def test_a_finished_run_goes_on_when_given_more_steps(run):
+    run()
+    folder = run(**{"train.resume": True, "train.steps": 12})
+    assert [row["step"] for row in read_metrics(folder) if "loss" in row] == list(range(1, 13))
+
+
+def test_the_two_newest_checkpoints_are_kept(run):
+    folder = run(**{"train.save_every_steps": 1})
+    assert [path.name for path in sorted(folder.glob("checkpoints/*"))] == ["step-00000007", "step-00000008"]
+
+
+def launch(*command, **environment):
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(setting, tmp_path):
+    config = setting(**{"train.steps": 100_000, "train.eval_every_steps": 100_000})
+    process = launch("train.py", config)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not losses(tmp_path / "run"):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == train.EXIT_INTERRUPTED, output
+    assert "the same command with train.resume=true continues it" in output.splitlines()[-1]
+    assert "Traceback" not in output
+    step = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert int(step.name.removeprefix("step-")) == read_metrics(tmp_path / "run")[-1]["step"]
+    assert train.main(config, ["train.resume=true", f"train.steps={int(step.name[5:]) + 1}"]) == 0
+
+
+def test_two_processes_train_like_one(setting, tmp_path):
+    command = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2-processes.yaml"]
+    config = setting()
+    two = launch(*command, "--main_process_port", "0", "train.py", config, f"train.output_dir={tmp_path / 'two'}")
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output
+    assert "2 x cpu" in output
+    assert train.main(config, []) == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+    assert losses(tmp_path / "two", "held_out_loss") == pytest.approx(
+        losses(tmp_path / "run", "held_out_loss"), rel=1e-5
+    )
+
+
+# ---- Bad input
+
+
+def test_an_error_of_the_user_is_one_line_on_stderr_and_exit_code_2(setting):
+    process = subprocess.run(
+        [sys.executable, "train.py", setting(), "train.stepz=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert process.stderr == "error: command line: unknown key train.stepz; the nearest known one is train.steps\n"
+    assert process.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.hidden_size": 0}, "hidden_size"),
+        ({"model.widht": 8}, "^unknown key model.widht; the nearest known one is model."),
+        ({"model.cell_type": "gru"}, "^model: .*cell_type must be one of"),
+        ({"model.vocab_size": 257}, "^model.vocab_size is 257: the tokenizer has 258 tokens$"),
+        ({"train.sequence_length": 10**6}, "^train.sequence_length is 1000000, but the training split has .* tokens"),
+        (
+            {"train.batch_size": 6, "train.gradient_accumulation_steps": 4},
+            "^train.batch_size is 6: must be a multiple of 4",
+        ),
+        ({"train.resume": True}, "run holds no checkpoint$"),
+        ({"train.trackers": ["tensorboards"]}, "^train.trackers: tensorboards unknown or not installed"),
+        ({"data.tokenizer": "absent/absent"}, "^data.tokenizer 'absent/absent' cannot be loaded"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(setting, tmp_path, changes, message):
+    before = sorted(tmp_path.rglob("*"))
+    path = setting(**changes)
+    with pytest.raises(InputError, match=message):
+        train.main(path, [])
+    assert sorted({*tmp_path.rglob("*")} - {Path(path)}) == before
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_replaced_only_when_asked_to(run, setting):
+    folder = run()
+    before = snapshot(folder)
+    path = setting(**{"train.steps": 4})
+    with pytest.raises(InputError, match=r"holds a run: continue it with train.resume=true or replace it with"):
+        train.main(path, [])
+    assert snapshot(folder) == before
+    assert train.main(path, ["train.overwrite=true"]) == 0
+    assert [path.name for path in folder.glob("checkpoints/*")] == ["step-00000004"]
+    assert len(losses(folder)) == 4
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_replaced(setting, tmp_path, overwrite):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train.main(setting(**{"train.overwrite": overwrite}), [])
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_a_run_is_not_resumed_with_another_model_or_other_data(run, setting):
+    folder = run()
+    before = snapshot(folder)
+    for changes, message in (
+        ({"model.hidden_size": 24}, "model.hidden_size is 24, but .*run.yaml has 16"),
+        ({"data.tokenizer": "character"}, "data.tokenizer is character, but .*run.yaml has byte"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train.main(setting(**changes, **{"train.resume": True}), [])
+    assert snapshot(folder) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run, setting, tmp_path):
+    folder = run()
+    other = run(**{"model.hidden_size": 24, "train.output_dir": str(tmp_path / "other")})
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(other / "checkpoints", folder / "checkpoints")
+    before = snapshot(folder)
+    with pytest.raises(InputError, match=r"step-00000008 cannot be resumed: .*size mismatch") as error:
+        train.main(setting(**{"train.resume": True}), [])
+    assert "\n" not in str(error.value)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "scheduler.bin", "progress_0.json"])
+def test_a_truncated_checkpoint_is_refused(run, setting, name):
+    folder = run()
+    file = folder / "checkpoints" / "step-00000008" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = snapshot(folder)
+    with pytest.raises(InputError, match="step-00000008 cannot be resumed: ") as error:
+        train.main(setting(**{"train.resume": True}), [])
+    assert "\n" not in str(error.value)
+    assert snapshot(folder) == before
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(setting, monkeypatch):
+    build = train.build_model
+
+    def broken(*arguments):
+        model = build(*arguments)
+        torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+        return model
+
+    monkeypatch.setattr(train, "build_model", broken)
+    with pytest.raises(InputError, match="^the training loss is nan at step 1"):
+        train.main(setting(), [])

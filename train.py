@@ -1,0 +1,281 @@
+"""Train a minGRU or minLSTM language model:  python train.py configs/demo.yaml [section.key=value ...]
+
+`accelerate launch [--config_file configs/accelerate/NAME.yaml] train.py ...` does the same on one or several devices.
+The script reads top to bottom: config -> data -> model -> loop -> save. training/ holds what it calls.
+
+B batch (windows of one process and micro-batch), T time.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast, set_seed
+from datasets.distributed import split_dataset_by_node
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from training.checkpoint import (
+    Progress,
+    check_output_dir,
+    load_checkpoint,
+    open_output_dir,
+    save_checkpoint,
+    stop_on_signal,
+)
+from training.config import InputError, TrainConfig, load_config, nearest
+from training.data import RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
+from training.report import MetricsLog, held_out_scores, plot_loss_curve, write_model_card
+from training.tokenizers import load_tokenizer
+
+EVALUATION_CHUNK_TOKENS = 4096
+EXIT_INTERRUPTED = 130
+
+
+def main(path: str, overrides: list[str]) -> int:
+    disable_progress_bar()  # of transformers: saving a model is no progress
+
+    # ---- Config
+    config = load_config(path, overrides)
+    train = config.train
+    if unknown := set(train.trackers) - {str(name) for name in get_available_trackers()}:
+        raise InputError(f"train.trackers: {', '.join(sorted(unknown))} unknown or not installed")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or each of several CPU processes would start a run of its own
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        mixed_precision="bf16" if train.bf16 else "no",
+        dynamo_backend="inductor" if train.compile else None,
+        step_scheduler_with_optimizer=False,  # or it would step once per process
+        log_with=train.trackers or None,
+        project_dir=train.output_dir,
+    )
+    checkpoint = check_output_dir(config)
+    shares = accelerator.num_processes * train.gradient_accumulation_steps
+    if train.batch_size % shares:
+        raise InputError(
+            f"train.batch_size is {train.batch_size}: must be a multiple of {shares}, "
+            f"{accelerator.num_processes} processes times train.gradient_accumulation_steps"
+        )
+
+    # ---- Data
+    with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
+        documents, held_out_documents = load_documents(config.data)
+        tokenizer = load_tokenizer(config.data.tokenizer, (document["text"] for document in documents))
+        held_out = token_stream(held_out_documents, tokenizer, config.data.held_out_tokens)
+        if config.data.streaming:
+            own_documents = split_dataset_by_node(documents, accelerator.process_index, accelerator.num_processes)
+            own_rows = train.batch_size // accelerator.num_processes
+            batches = StreamedWindows(own_documents, tokenizer, train.sequence_length, own_rows)
+        else:
+            stream = token_stream(documents, tokenizer)
+            own_rows = slice(accelerator.process_index, None, accelerator.num_processes)
+            batches = RandomWindows(stream, train.sequence_length, train.batch_size, train.seed, own_rows)
+
+    # ---- Model
+    set_seed(train.seed)
+    model = build_model(config.model, tokenizer)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, train.weight_decay), lr=train.learning_rate, betas=train.betas, fused=True
+    )
+    scheduler = learning_rate_schedule(optimizer, train)
+    # `model` stays the plain model; `training_model` may wrap it for several processes and the compiler.
+    training_model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    set_seed(train.seed, device_specific=True)  # dropout differs between processes
+
+    # ---- Loop
+    accelerator.wait_for_everyone()  # all have checked the folder before it changes
+    progress = load_checkpoint(accelerator, checkpoint, batches) if checkpoint else Progress()
+    output_dir = Path(train.output_dir)
+    if accelerator.is_main_process:
+        open_output_dir(config)
+        metrics = MetricsLog(output_dir, progress.step)
+    accelerator.init_trackers(output_dir.name)
+    step_tokens = train.batch_size * train.sequence_length
+    accelerator.print(
+        f"{model.num_parameters():,} parameters on {accelerator.num_processes} x {accelerator.device.type}; "
+        f"{step_tokens:,} tokens a step, {train.steps * step_tokens:,} in {train.steps:,} steps; "
+        f"{len(held_out):,} held-out tokens"
+    )
+
+    def record(**values: float) -> None:
+        accelerator.log(values, step=progress.step)
+        if accelerator.is_main_process:
+            metrics.write({"step": progress.step, **values})
+
+    interrupted = False
+    bar = tqdm(
+        total=train.steps * step_tokens,
+        initial=progress.step * step_tokens,
+        unit="token",
+        unit_scale=True,
+        mininterval=1,
+        disable=not accelerator.is_main_process,
+    )
+    patience = train.early_stopping_patience or float("inf")
+    with bar, stop_on_signal(accelerator):
+        losses, timer = [], time.perf_counter()
+        while progress.step < train.steps and progress.evaluations_since_best < patience and not interrupted:
+            model.train()
+            for windows in next(batches).to(accelerator.device).chunk(train.gradient_accumulation_steps):  # (B, T + 1)
+                inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+                with accelerator.accumulate(training_model):
+                    # shift_labels: the targets are shifted already, so that each of the T positions predicts a token.
+                    loss = training_model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        grad_norm = accelerator.clip_grad_norm_(training_model.parameters(), train.grad_clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                losses.append(loss.detach())
+            learning_rate = scheduler.get_last_lr()[0]
+            scheduler.step()
+            progress.step += 1
+            bar.update(step_tokens)
+
+            if progress.step % train.log_every_steps == 0:
+                loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+                steps_per_s = len(losses) / train.gradient_accumulation_steps / (time.perf_counter() - timer)
+                if not math.isfinite(loss):
+                    raise InputError(f"the training loss is {loss} at step {progress.step}: try a lower learning rate")
+                record(
+                    loss=loss,
+                    learning_rate=learning_rate,
+                    grad_norm=grad_norm.item(),
+                    tokens_per_s=steps_per_s * step_tokens,
+                )
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                losses, timer = [], time.perf_counter()
+
+            if progress.step % train.eval_every_steps == 0 or progress.step == train.steps:
+                started = time.perf_counter()
+                loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+                if accelerator.is_main_process:
+                    loss += evaluate(model, held_out)
+                loss = broadcast(loss).item()  # one number for all: each process decides below whether to go on
+                progress.evaluations_since_best += 1
+                if loss < progress.best_loss:
+                    progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
+                    if accelerator.is_main_process:
+                        model.save_pretrained(output_dir)
+                        tokenizer.save_pretrained(output_dir)
+                record(**held_out_scores(loss, config.data))
+                if accelerator.is_main_process:
+                    bar.write(f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}")
+                    for prompt in train.sample_prompts:
+                        bar.write(sample(model, tokenizer, prompt, train.sample_tokens, train.seed))
+                timer += time.perf_counter() - started
+
+            if progress.step % train.save_every_steps == 0:
+                save_checkpoint(accelerator, output_dir, progress, batches)
+            interrupted = accelerator.check_trigger()
+        save_checkpoint(accelerator, output_dir, progress, batches)
+
+    # ---- Save
+    if interrupted:
+        accelerator.print(f"stopped at step {progress.step}: the same command with train.resume=true continues it")
+    elif accelerator.is_main_process:
+        plot_loss_curve(output_dir)
+        write_model_card(output_dir, config, model, progress)
+        print(f"{output_dir} holds the model of step {progress.best_step}, held-out loss {progress.best_loss:.4f}")
+    accelerator.end_training()
+    return EXIT_INTERRUPTED if interrupted else 0
+
+
+def build_model(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> MinRNNForCausalLM:
+    """A model with the arguments of MinRNNConfig; vocabulary and special tokens are the tokenizer's unless given."""
+    of_tokenizer = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    known = [field.name for field in dataclasses.fields(MinRNNConfig)]
+    for key in arguments:
+        if key not in known:  # transformers would keep it without a word
+            raise InputError(f"unknown key model.{key}; the nearest known one is model.{nearest(key, known)}")
+    try:
+        config = MinRNNConfig(**of_tokenizer | arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model: {' '.join(str(error).split())}") from error
+    if config.vocab_size < len(tokenizer):
+        raise InputError(f"model.vocab_size is {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens")
+    return MinRNNForCausalLM(config)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for the matrices of linear layers, save the gate and candidate projection `in_proj`.
+
+    None for norms, biases, convolutions, initial states and embeddings, thus none for an output tied to these.
+    """
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    linear = {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("in_proj")
+    }
+    decayed = linear - embeddings
+    return [
+        {"params": [p for p in model.parameters() if p in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> LRScheduler:
+    if train.schedule == "cosine":
+        name, arguments = "cosine_with_min_lr", {"min_lr_rate": train.min_learning_rate_ratio}
+    else:
+        name = "warmup_stable_decay"
+        arguments = {"num_decay_steps": train.decay_steps, "min_lr_ratio": train.min_learning_rate_ratio}
+    return get_scheduler(name, optimizer, train.warmup_steps, train.steps, arguments)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, stream: TokenStream, chunk_tokens: int = EVALUATION_CHUNK_TOKENS) -> float:
+    """Mean loss in nats per token over the whole stream, every token but the first predicted once.
+
+    The stream is read in order with the recurrent state carried from chunk to chunk, so the result is that of a single
+    forward pass over all of it: nothing is drawn at random, and batch and sequence length of training do not matter.
+    """
+    model.eval()
+    total, cache = 0.0, None
+    for start in range(0, len(stream) - 1, chunk_tokens):
+        tokens = stream.read(start, start + chunk_tokens + 1).to(model.device)
+        output = model(tokens[None, :-1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        total += nn.functional.cross_entropy(output.logits[0].float(), tokens[1:], reduction="sum").item()
+    return total / (len(stream) - 1)
+
+
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, seed: int
+) -> str:
+    """The prompt and its random continuation, drawn without touching the random state of training."""
+    model.eval()
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        tokens = model.generate(**inputs, do_sample=True, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(tokens[0])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Train a minGRU or minLSTM language model.")
+    parser.add_argument("config", help="YAML file with the sections model, data and train, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
+    arguments = parser.parse_args()
+    try:
+        sys.exit(main(arguments.config, arguments.overrides))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,182 @@
+"""The settings of a run: one YAML file with the sections `model`, `data` and `train`, plus key=value overrides."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+STDLIB = "python-stdlib"
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: one line that says what, where and what would be right."""
+
+
+@dataclass
+class DataConfig:
+    """Which text is read, how it is split and which tokenizer encodes it. Either `dataset` or `files` is set."""
+
+    # "python-stdlib" (the running Python's own source, nothing is downloaded), a Hub data set id, or a local folder of
+    # parquet, JSON lines or CSV files: whatever datasets.load_dataset takes, with its configuration and columns.
+    dataset: str | None = None
+    dataset_config: str | None = None
+    split: str = "train"
+    held_out_split: str | None = None
+    text_column: str = "text"
+    # Documents arrive in the order of the data set while the model trains; nothing is stored on disk.
+    streaming: bool = False
+
+    # Plain UTF-8 text: paths or globs. One document a file.
+    files: list[str] = field(default_factory=list)
+    held_out_files: list[str] = field(default_factory=list)
+
+    # Without a held-out split or files: this fraction of the documents (chosen by a hash, so that neither order nor
+    # seed matters), or for `files` this fraction of the characters, from the end.
+    held_out_fraction: float = 0.1
+    # At most this many held-out tokens, from the start of the held-out split; null: all of them.
+    held_out_tokens: int | None = None
+
+    # "byte", "character", or the name or path of any tokenizer that transformers loads.
+    tokenizer: str = "byte"
+
+    def check(self) -> None:
+        if bool(self.dataset) == bool(self.files):
+            raise InputError(f"data: set either data.dataset (e.g. {STDLIB}) or data.files")
+        if not 0 < self.held_out_fraction < 1:
+            raise InputError(f"data.held_out_fraction is {self.held_out_fraction}: must be between 0 and 1")
+        if self.held_out_files and not self.files:
+            raise InputError("data.held_out_files needs data.files; for a data set give data.held_out_split")
+        if self.held_out_tokens is not None and self.held_out_tokens < 2:
+            raise InputError(f"data.held_out_tokens is {self.held_out_tokens}: must be at least 2, or null for all")
+        if self.streaming and (self.held_out_tokens is None or not self.dataset or self.dataset == STDLIB):
+            raise InputError("data.streaming needs a data set of the Hub or a local folder, and data.held_out_tokens")
+
+
+@dataclass
+class TrainConfig:
+    """How long and how the model is trained. A step is one optimizer step; lengths are in tokens."""
+
+    steps: int = MISSING
+    # Sequences per step, over all processes and accumulated micro-batches.
+    batch_size: int = MISSING
+    gradient_accumulation_steps: int = 1
+    # Predictions per sequence: the model reads this many tokens, and one more is the last target.
+    sequence_length: int = MISSING
+    seed: int = 0
+
+    learning_rate: float = MISSING
+    # After a linear warm-up either "cosine", down to the minimum at the last step, or "wsd": constant until the last
+    # decay_steps, which go down to the minimum.
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    min_learning_rate_ratio: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip_norm: float = 1.0
+
+    bf16: bool = False
+    compile: bool = False
+
+    output_dir: str = MISSING
+    resume: bool = False
+    overwrite: bool = False
+    log_every_steps: int = 10
+    # Each evaluation reads the whole held-out split; the model folder holds the model of the best one.
+    eval_every_steps: int = MISSING
+    # Stop after this many evaluations in a row without a new best; null: never.
+    early_stopping_patience: int | None = None
+    # Every evaluation continues each prompt by sample_tokens tokens.
+    sample_prompts: list[str] = field(default_factory=list)
+    sample_tokens: int = 100
+    save_every_steps: int = MISSING
+    # Names of trackers that accelerate knows, e.g. tensorboard, trackio.
+    trackers: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "log_every_steps",
+                     "eval_every_steps", "save_every_steps", "sample_tokens", "early_stopping_patience"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"train.{name} is {value}: must be at least 1")
+        for name in ("learning_rate", "grad_clip_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"train.{name} is {getattr(self, name)}: must be positive")
+        for name in ("seed", "warmup_steps", "decay_steps", "weight_decay", "min_learning_rate_ratio"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"train.{name} is {getattr(self, name)}: must not be negative")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise InputError(
+                f"train.warmup_steps + train.decay_steps is {self.warmup_steps + self.decay_steps}: "
+                f"must be at most train.steps, {self.steps}"
+            )
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise InputError(f"train.decay_steps is {self.decay_steps}: must be positive with schedule wsd, else 0")
+
+
+@dataclass
+class RunConfig:
+    """`model` holds the arguments of MinRNNConfig, which is also their only list."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: str, overrides: list[str]) -> RunConfig:
+    """Read a YAML file and "section.key=value" overrides. Every fault is an InputError naming the key and the file."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such configuration file")
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"command line: {override!r} is not of the form section.key=value")
+    config = OmegaConf.structured(RunConfig)
+    sources = {path: lambda: OmegaConf.load(path), "command line": lambda: OmegaConf.from_dotlist(overrides)}
+    for origin, read in sources.items():
+        try:
+            set_values(config, OmegaConf.to_container(read(), resolve=True))
+        except (InputError, OmegaConfBaseException, UnicodeDecodeError, YAMLError) as error:
+            raise InputError(f"{origin}: {one_line(error)}") from error
+    try:
+        run: RunConfig = OmegaConf.to_object(config)
+        run.data.check()
+        run.train.check()
+    except MissingMandatoryValue as error:
+        raise InputError(f"{path}: {error.full_key} is missing") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return run
+
+
+def set_values(config: DictConfig, sections: Any) -> None:
+    """Key by key, because a merge of whole sections does not always say which key was wrong."""
+    if not isinstance(sections, dict):
+        raise InputError("not a mapping of the sections model, data and train")
+    for section, values in sections.items():
+        if section not in config:
+            raise InputError(f"unknown section {section}; the nearest known one is {nearest(section, config)}")
+        if not isinstance(values, dict):
+            raise InputError(f"section {section} is not a mapping of keys to values")
+        for key, value in values.items():
+            # `model` takes any key here: train.py checks it against MinRNNConfig.
+            if section != "model" and key not in config[section].keys():
+                near = nearest(key, config[section])
+                raise InputError(f"unknown key {section}.{key}; the nearest known one is {section}.{near}")
+            try:
+                OmegaConf.update(config[section], key, value)
+            except OmegaConfBaseException as error:
+                raise InputError(f"{section}.{key}: {one_line(error)}") from error
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(str(word), known, n=1, cutoff=0)[0]
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks and without what OmegaConf appends about its own types."""
+    return " ".join(str(error).split("full_key:")[0].split())

@@ -1,0 +1,284 @@
+"""Documents, their split into training and held-out text, and the streams of tokens that batches are read from.
+
+B batch (the rows of this process), T time. Documents are a data set with the column "text"; end tokens separate them.
+"""
+
+import glob
+import hashlib
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from .config import STDLIB, DataConfig, InputError
+
+# The tests of the standard library are not installed everywhere, and some are deliberately not valid source.
+NOT_STDLIB_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+# A tokenizer keeps some 200 bytes a character while it works: long documents are encoded in pieces, few at a time.
+PIECE_CHARACTERS = 2**14
+PIECES_AT_ONCE = 64
+# Documents tokenised per call.
+DOCUMENT_BATCH = 64
+
+
+def load_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """The training and the held-out documents.
+
+    Raises InputError for a missing file, a file that is not UTF-8 text, an unknown data set, split or column, and for
+    a split without text.
+    """
+    if config.files:
+        training, held_out = file_documents(config)
+    elif config.dataset == STDLIB:
+        training, held_out = stdlib_documents(config.held_out_fraction)
+    else:
+        training, held_out = dataset_documents(config)
+    for name, documents in (("training", training), ("held-out", held_out)):
+        if next(iter(documents), None) is None:
+            raise InputError(f"data: the {name} split of {config.dataset or config.files} has no text")
+    return training, held_out
+
+
+def stdlib_documents(held_out_fraction: float) -> tuple[Dataset, Dataset]:
+    """The source files of the running Python's standard library, split by file."""
+    root = Path(sysconfig.get_path("stdlib"))
+    splits = ([], [])
+    for path in sorted(root.rglob("*.py")):
+        if not NOT_STDLIB_SOURCE.intersection(path.relative_to(root).parts):
+            with tokenize.open(path) as file:  # honours the encoding that a source file declares
+                text = file.read()
+            splits[is_held_out(text, held_out_fraction)].append(text)
+    return in_memory(splits[False]), in_memory(splits[True])
+
+
+def file_documents(config: DataConfig) -> tuple[Dataset, Dataset]:
+    """One document a file, with held-out files of their own or the last characters of all files taken together."""
+    training = [read_text(path) for path in expand(config.files, "data.files")]
+    if config.held_out_files:
+        held_out = [read_text(path) for path in expand(config.held_out_files, "data.held_out_files")]
+    else:
+        keep = int((1 - config.held_out_fraction) * sum(map(len, training)))
+        cuts = [max(0, keep - start) for start in accumulate(map(len, training), initial=0)]
+        held_out = [text[cut:] for text, cut in zip(training, cuts)]
+        training = [text[:cut] for text, cut in zip(training, cuts)]
+    return in_memory(training), in_memory(held_out)
+
+
+def in_memory(texts: list[str]) -> Dataset:
+    return Dataset.from_dict({"text": [text for text in texts if text]})
+
+
+def expand(patterns: list[str], key: str) -> list[Path]:
+    """The files that paths and globs name, in the order of the patterns, each pattern's matches sorted."""
+    paths = []
+    for pattern in patterns:
+        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+        if not matches:
+            raise InputError(f"{key}: {pattern} matches no file")
+        paths += matches
+    return paths
+
+
+def read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from error
+    if (position := data.find(0)) >= 0:
+        raise InputError(f"{path} is not text: byte {position} is 0x00")
+    return text
+
+
+def dataset_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """A Hub data set or local folder; without a held-out split, documents go by a hash of their text."""
+    training = load_split(config, config.split)
+    if config.held_out_split:
+        return training, load_split(config, config.held_out_split)
+    fraction = config.held_out_fraction
+    return (
+        training.filter(lambda text: not is_held_out(text, fraction), input_columns="text"),
+        training.filter(lambda text: is_held_out(text, fraction), input_columns="text"),
+    )
+
+
+def load_split(config: DataConfig, split: str) -> Dataset | IterableDataset:
+    try:
+        documents = load_dataset(config.dataset, config.dataset_config, split=split, streaming=config.streaming)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"data.dataset {config.dataset!r}, split {split!r}: {reason}") from error
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if config.text_column not in columns:
+        raise InputError(f"data.text_column {config.text_column!r} is not a column of {config.dataset}: {columns}")
+    documents = documents.select_columns(config.text_column)
+    if config.text_column != "text":
+        documents = documents.rename_column(config.text_column, "text")
+    return documents.filter(bool, input_columns="text")
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """A fixed pseudo-random choice by the text itself: a document and its exact duplicates land on the same side."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each document, then one end token."""
+    pieces = [list(cut(text)) for text in texts]
+    flat = list(chain.from_iterable(pieces))
+    encoded = []
+    for start in range(0, len(flat), PIECES_AT_ONCE):
+        # split_special_tokens: text that spells a special token is text, not an end of document.
+        encoded += tokenizer(
+            flat[start : start + PIECES_AT_ONCE],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )["input_ids"]
+    encoded = iter(encoded)
+    return [[*chain.from_iterable(next(encoded) for _ in document), tokenizer.eos_token_id] for document in pieces]
+
+
+def cut(text: str) -> Iterator[str]:
+    """Pieces of at most PIECE_CHARACTERS, cut after a line where possible: no cut inside a word changes its tokens."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+class TokenStream:
+    """A sequence of token ids over arrays that stay where they are: memory-mapped where the data set is on disk."""
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Tokens start to stop - 1 as int64 (stop - start,), fewer past the end."""
+        first, last = np.searchsorted(self.starts, (start, stop), side="right") - 1
+        parts = [
+            array[max(0, start - offset) : stop - offset]
+            for array, offset in zip(self.arrays[first : last + 1], self.starts[first : last + 1])
+        ]
+        return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+
+
+def token_stream(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> TokenStream:
+    """All documents, or the first `max_tokens` tokens of them, as one stream. Raises InputError below two tokens."""
+    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    if isinstance(documents, Dataset):
+        tokens = documents.map(
+            lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
+            batched=True,
+            batch_size=DOCUMENT_BATCH,
+            remove_columns="text",
+            features=Features({"input_ids": List(Value(dtype))}),
+            desc="Tokenising",
+        )
+        arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
+    else:
+        arrays = []
+        for batch in documents.iter(batch_size=DOCUMENT_BATCH):
+            arrays += [np.array(ids, dtype=dtype) for ids in encode(batch["text"], tokenizer)]
+            if max_tokens and sum(map(len, arrays)) > max_tokens:
+                break
+    arrays[-1] = arrays[-1][:-1]  # end tokens separate documents: none after the last
+    stream = TokenStream(arrays)
+    if max_tokens and len(stream) > max_tokens:
+        stream = TokenStream([stream.read(0, max_tokens).numpy()])
+    if len(stream) < 2:
+        raise InputError("data: a split of a single token leaves nothing to predict")
+    return stream
+
+
+class RandomWindows:
+    """Endless batches (B, T + 1) of windows that start anywhere in a stream.
+
+    Batch n is a function of (seed, n) alone: its position is all there is to resume, and any number of processes that
+    each take their `rows` of the same batch train on the same data.
+
+    sequence_length: T, predictions per window. batch_size: windows over all processes.
+    Raises InputError if the stream is shorter than one window.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int, batch_size: int, seed: int, rows: slice):
+        if len(stream) <= sequence_length:
+            raise InputError(
+                f"train.sequence_length is {sequence_length}, but the training split has {len(stream)} tokens: "
+                f"must be at most {len(stream) - 1}"
+            )
+        self.stream, self.sequence_length, self.batch_size = stream, sequence_length, batch_size
+        self.seed, self.rows, self.position = seed, rows, 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        generator = np.random.default_rng((self.seed, self.position))
+        starts = generator.integers(len(self.stream) - self.sequence_length, size=self.batch_size)
+        self.position += 1
+        return torch.stack([self.stream.read(start, start + self.sequence_length + 1) for start in starts[self.rows]])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class StreamedWindows:
+    """Endless batches (rows, T + 1) of consecutive windows; each starts at the last target of the one before.
+
+    `documents` is the part of the data set that this process reads, in order, and again from the start when it ends.
+    """
+
+    def __init__(
+        self, documents: IterableDataset, tokenizer: PreTrainedTokenizerBase, sequence_length: int, rows: int
+    ):
+        self.documents, self.tokenizer = documents, tokenizer
+        self.sequence_length, self.rows = sequence_length, rows
+        self.tokens: list[int] = []
+        self.batches = self.document_batches()
+
+    def document_batches(self) -> Iterator[list[str]]:
+        while True:
+            for batch in self.documents.iter(batch_size=DOCUMENT_BATCH):
+                yield batch["text"]
+            self.documents.set_epoch(self.documents.epoch + 1)  # a loaded position holds for one epoch only
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        needed = self.rows * self.sequence_length
+        while len(self.tokens) <= needed:
+            self.tokens += chain.from_iterable(encode(next(self.batches), self.tokenizer))
+        tokens = torch.tensor(self.tokens[: needed + 1])
+        self.tokens = self.tokens[needed:]
+        return tokens.unfold(0, self.sequence_length + 1, self.sequence_length)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"documents": self.documents.state_dict(), "tokens": self.tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.documents.set_epoch(state["documents"]["epoch"])
+        self.documents.load_state_dict(state["documents"])
+        self.tokens = state["tokens"]
