@@ -104,6 +104,14 @@ class MinRNNConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, but the configuration of another architecture is refused, not just warned of."""
+        saved = config_dict.get("model_type", cls.model_type)
+        if saved != cls.model_type:
+            raise ValueError(f"this is a checkpoint of model_type {saved!r}, not {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def state_size(self) -> int:
         """D, channels of recurrent state in each layer."""

@@ -1,0 +1,245 @@
+"""A saved model is complete: it loads where this package is not installed, and what is damaged is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from small_models import CELLS, assert_close, random_ids, small_model
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+import modeling_minrnn
+from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM, MinRNNForSequenceClassification, MinRNNModel
+from modeling_minrnn.modeling_minrnn import AUTO_MAP
+from training.tokenizers import byte_tokenizer
+
+both_cells = pytest.mark.parametrize("cell_type", CELLS)
+PACKAGE = Path(modeling_minrnn.__file__).parent
+CODE = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+PROMPT = "def main("
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def complete(model, folder):
+    """Text from greedy search, by `pipeline` with the tokenizer of a folder."""
+    generate = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    return generate(PROMPT, max_new_tokens=20, do_sample=False)[0]["generated_text"]
+
+
+# ---- Fresh processes
+
+LOAD = """
+import json, sys
+folder, copy, *absent = sys.argv[1:]
+sys.modules.update(dict.fromkeys(absent))  # importing these is an ImportError
+
+import torch
+from transformers import (
+    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
+    AutoTokenizer, pipeline,
+)
+
+torch.set_num_threads(1)
+classes = AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+models = [auto.from_pretrained(folder, trust_remote_code=True) for auto in classes]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("def main(", return_tensors="pt")
+settings = {"max_new_tokens": 20, "do_sample": False}
+generate = pipeline("text-generation", folder, trust_remote_code=True)
+result = {
+    "classes": [type(model).__name__ for model in models],
+    "packages": sorted({type(model).__module__.split(".")[0] for model in models}),
+    "absent": [name for name in absent if sys.modules[name] is not None],
+    "hidden": models[0](**ids).last_hidden_state.flatten().tolist(),
+    "greedy": models[1].generate(**ids, **settings).tolist(),
+    "static": models[1].generate(**ids, **settings, cache_implementation="static").tolist(),
+    "text": generate("def main(", **settings)[0]["generated_text"],
+}
+models[1].save_pretrained(copy)
+tokenizer.save_pretrained(copy)
+json.dump(result, open("result.json", "w"))
+"""
+
+
+def in_a_fresh_process(folder, copy, *absent):
+    """What LOAD finds, in a process that finds neither this package nor, by their names, others."""
+    home = copy.parent / "home"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD, folder, copy, "modeling_minrnn", *absent],
+        cwd=folder.parent,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads((folder.parent / "result.json").read_text())
+
+
+def test_a_saved_model_loads_without_the_package_and_saves_itself_again(tmp_path):
+    model = small_model("minlstm", vocab_size=258, tie_word_embeddings=False, seed=4)
+    folder = save(model, tmp_path / "model")
+    ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist()
+    assert len(set(expected[0][len(PROMPT) :])) > 2
+
+    again = tmp_path / "again"
+    for source, target, absent in ((folder, again, ()), (again, tmp_path / "third", ("numba",))):
+        result = in_a_fresh_process(source, target, *absent)
+        assert result["classes"] == [path.split(".")[1] for path in list(AUTO_MAP.values())[1:]]
+        assert result["packages"] == ["transformers_modules"] and result["absent"] == []
+        assert_close(torch.tensor(result["hidden"]), model.model(**ids).last_hidden_state.flatten())
+        assert result["greedy"] == result["static"] == expected
+        assert result["text"] == complete(model, folder)
+        assert {path.name for path in target.glob("*.py")} == CODE
+        for name in CODE:
+            assert (target / name).read_text() == (PACKAGE / name).read_text()
+        assert json.loads((target / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_a_saved_model_of_any_class_holds_its_code_and_names_every_class(tmp_path):
+    for model_class in (MinRNNModel, MinRNNForCausalLM, MinRNNForSequenceClassification):
+        folder = tmp_path / model_class.__name__
+        small_model(model_class=model_class).save_pretrained(folder)
+        assert {path.name for path in folder.glob("*.py")} == CODE
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"] == AUTO_MAP and config["architectures"] == [model_class.__name__]
+
+
+def test_the_code_of_a_saved_model_runs_beside_the_package(tmp_path):
+    folder = save(small_model(vocab_size=258, scan_backend="torch"), tmp_path / "model")
+    own = get_class_from_dynamic_module("modeling_minrnn.MinRNNForCausalLM", folder).from_pretrained(folder)
+    installed = MinRNNForCausalLM.from_pretrained(folder)
+    assert type(own) is not MinRNNForCausalLM and type(own).__name__ == "MinRNNForCausalLM"
+    ids = random_ids(2, 9)
+    for first, second in ((own, installed), (installed, own)):
+        assert torch.equal(first(ids, labels=ids).loss, second(ids, labels=ids).loss)
+        assert complete(first, folder) == complete(second, folder)
+        # Even the cache of one serves the other.
+        cache = first(ids, use_cache=True).past_key_values
+        assert_close(second(ids, past_key_values=cache).logits, second(torch.cat([ids, ids], 1)).logits[:, 9:])
+
+
+# ---- With the package
+
+
+@pytest.mark.oldest
+@both_cells
+def test_a_saved_model_loads_as_it_was_without_trust_in_its_code(cell_type, tmp_path):
+    model = small_model(cell_type)
+    model.save_pretrained(tmp_path)
+    ids = random_ids(2, 9)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MinRNNForCausalLM and type(AutoConfig.from_pretrained(tmp_path)) is MinRNNConfig
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids)[0], model.model(ids)[0])
+
+
+@pytest.mark.oldest
+def test_a_language_model_lends_its_weights_to_a_classifier(tmp_path):
+    model = small_model(max_timescale=50)
+    model.save_pretrained(tmp_path)
+    for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        loaded = auto_class.from_pretrained(tmp_path, num_labels=3)
+        for name, parameter in model.model.named_parameters():
+            assert torch.equal(loaded.model.get_parameter(name), parameter), name
+        assert loaded.score.weight.shape == (3, 14)
+        assert loaded.score.weight.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_are_saved_once_and_loaded_tied(tied, tmp_path):
+    model = small_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != tied
+    loaded = MinRNNForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    ids = random_ids(2, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_loads_in_half_precision(dtype, tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    loaded = MinRNNForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    ids = random_ids(2, 9)
+    assert_close(loaded(ids).logits, model(ids).logits, tolerance=0.03)
+
+
+def test_a_resized_vocabulary_keeps_the_old_rows():
+    model = small_model()
+    ids = random_ids(2, 9)
+    expected = model(ids).logits
+    model.resize_token_embeddings(50)
+    assert model.config.vocab_size == 50 and model.lm_head.weight is model.model.embed_tokens.weight
+    assert_close(model(ids).logits[..., :37], expected)
+    model(torch.tensor([[49]]), labels=torch.tensor([[49]]))
+
+
+# ---- Damage
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_a_truncated_file_of_weights_is_refused(saved, kept):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(SafetensorError, match="Error while deserializing header"):
+        MinRNNForCausalLM.from_pretrained(saved)
+
+
+def test_weights_of_another_shape_are_refused(saved):
+    for fields in ({"hidden_size": 16}, {"cell_type": "minlstm"}, {"vocab_size": 38}):
+        shutil.copytree(saved, saved.parent / "changed", dirs_exist_ok=True)
+        change_config(saved.parent / "changed", **fields)
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            MinRNNForCausalLM.from_pretrained(saved.parent / "changed")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="llama"):
+        MinRNNForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_configuration_with_a_value_out_of_range_is_refused_on_loading(saved):
+    change_config(saved, cell_type="gru")
+    with pytest.raises(ValueError, match="cell_type must be one of .* not 'gru'"):
+        AutoModelForCausalLM.from_pretrained(saved)
