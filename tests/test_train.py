@@ -17,7 +17,14 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import train
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
@@ -139,6 +146,28 @@ def test_the_output_folder_loads_in_transformers_and_has_the_loss_that_was_repor
 
 
 @pytest.mark.oldest
+def test_the_trainer_of_transformers_finetunes_the_output_folder_and_resumes(run, tmp_path):
+    folder = run()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dataset = [tokenizer(line) for line in TEXT.splitlines()[:32]]
+
+    def trainer():
+        arguments = TrainingArguments(
+            str(tmp_path / "tuned"), max_steps=4, save_steps=2, per_device_train_batch_size=4, use_cpu=True,
+            report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        return Trainer(model, arguments, collator, dataset, dataset, processing_class=tokenizer)
+
+    uninterrupted, resumed = trainer(), trainer()
+    before = uninterrupted.evaluate()["eval_loss"]
+    uninterrupted.train()
+    assert uninterrupted.evaluate()["eval_loss"] < before
+    resumed.train(resume_from_checkpoint=str(tmp_path / "tuned" / "checkpoint-2"))
+    assert_equal_weights(resumed.model.state_dict(), uninterrupted.model.state_dict())
+
+
 def test_the_output_folder_has_the_loss_curve_and_a_model_card(run):
     folder = run()
     rows = read_metrics(folder)
