@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 train: .venv/installed
 	$(BIN)/python train.py configs/demo.yaml $(ARGS)
-	$(BIN)/python -c 'from transformers import pipeline; \
+	$(BIN)/python -c 'from transformers import pipeline, set_seed; set_seed(0); \
 	  generate = pipeline("text-generation", "runs/demo", trust_remote_code=True); \
 	  print(generate("def read_", max_new_tokens=300, do_sample=True, temperature=0.7)[0]["generated_text"])'
 
