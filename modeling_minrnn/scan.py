@@ -51,7 +51,8 @@ def minrnn_scan(
     Returns:
         states (B, T, D) in the dtype of `projected`; final_state (B, D), the state after the last token, in float32
         (float64 for float64). Gates are computed in float32 or better and the state is carried in float64, so that
-        float32 errors do not grow with T. Differentiable once in projected, initial_state and reset_state.
+        errors do not grow with T; "loop", and with it a single step, carries it in float32. Differentiable in
+        projected, initial_state and reset_state, once ("loop" and "log" as often as wanted).
 
     Raises:
         ValueError: unknown cell type or backend, shapes or dtypes that do not fit, T == 0.
