@@ -49,7 +49,7 @@ AUTO_MAP = {
 }
 
 
-# Held-out loss of configs/shakespeare-char-cpu.yaml by this: 0.2 is 0.02 below both 0 and 0.02.
+# On Shakespeare characters 0.2 learned faster than 0 and 0.02 (one seed each).
 CONV_INITIALIZER_STD = 0.2
 
 
