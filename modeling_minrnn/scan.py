@@ -3,19 +3,22 @@
 B batch, T time, D state width. Both cells are h[t] = a[t] * h[t-1] + (1 - a[t]) * c[t] with a[t] in (0, 1) that
 depends on the input alone: a linear recurrence, which a scan solves over all T at once. `minrnn_scan` is the only way
 in. In this file, from top to bottom: the contract, one step, the step in a loop (the oracle), the paper's log-space
-listing (for comparison), and the portable "torch" implementation with its own backward. "numba" is in `scan_numba.py`.
+listing (for comparison), and the portable "torch" implementation with its own backward. "numba" is in `scan_numba.py`,
+"triton" in `scan_triton.py`.
 """
 
 import functools
 import math
 import re
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 GATES = {"mingru": 2, "minlstm": 3}  # columns of `projected` for each column of state
-BACKENDS = ("auto", "loop", "torch", "numba", "log")
+BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant", "log")
 
 
 def minrnn_scan(
@@ -41,25 +44,27 @@ def minrnn_scan(
         initial_state: (B, D), h before the first token: a state, as returned in `final_state`, never passed through g.
             None is zero.
         reset_mask: (B, T) bool. True: the state before this token is `reset_state`, whatever came earlier (save that
-            "torch", which multiplies the past by zero, lets a NaN or an infinity pass).
+            "torch" and "triton", which multiply the past by zero, let a NaN or an infinity pass).
         padding_mask: (B, T) bool. True: this token changes nothing; its output is the state as it stands.
         reset_state: (D,), what a reset returns to. None is zero.
-        backend: "auto" ("numba" for CPU tensors where it is installed, else "torch"), "torch" (any device), "numba"
-            (CPU, not float64), "loop" (one step at a time) or "log" (the paper's listing: no masks, inexact on long
-            sequences; for comparison).
+        backend: "auto" ("numba" for CPU tensors and "triton" for those of a GPU where it is installed, else "torch"),
+            "torch" (any device), "numba" (CPU, not float64), "triton" (CUDA, ROCm or XPU, not float64),
+            "triton_batch_invariant" (the same bits for a row whatever else is in the batch; slower where B * D is
+            large enough to fill the device), "loop" (one step at a time) or "log" (the paper's listing: no masks,
+            inexact on long sequences; for comparison).
 
     Returns:
         states (B, T, D) in the dtype of `projected`; final_state (B, D), the state after the last token, in float32
-        (float64 for float64). Gates are computed in float32 or better and the state is carried in float64, so that
-        errors do not grow with T; "loop", and with it a single step, carries it in float32. Differentiable in
-        projected, initial_state and reset_state, once ("loop" and "log" as often as wanted).
+        (float64 for float64). Gates are computed in float32 or better and the state is carried in float64 ("triton":
+        in two float32), so that errors do not grow with T; "loop", and with it a single step, carries it in float32.
+        Differentiable in projected, initial_state and reset_state, once ("loop" and "log" as often as wanted).
 
     Raises:
         ValueError: unknown cell type or backend, shapes or dtypes that do not fit, T == 0.
         ImportError: a backend that is not installed.
     """
     D = _check(projected, cell_type, initial_state, reset_mask, padding_mask, reset_state, backend)
-    if backend == "numba":  # refused here, even where a single step would not need it
+    if backend in KERNELS:  # refused here, even where a single step would not need it
         resolve_backend(backend, projected.device.type, projected.dtype)
     dtype = state_dtype(projected.dtype)
     if initial_state is None:
@@ -291,41 +296,57 @@ def torch_backward(
 # One pair of custom operators around every implementation with a backward of its own.
 
 
+# Backends of compiled kernels, which need a package. On a device "auto" takes the first that is made for it.
+KERNELS = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "triton_batch_invariant": ("cuda", "xpu")}
+
+
 @torch.compiler.assume_constant_result  # for a compiler the answer does not change
 def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend that runs: what "auto" stands for, or the one that was asked for.
 
     Raises ImportError where the one asked for is not installed, ValueError where it does not take such tensors.
     """
-    numba_fits = device_type == "cpu" and dtype != torch.float64
     if backend == "auto":
-        return "numba" if numba_fits and _numba_error() is None else "torch"
-    if backend == "numba":
-        if not numba_fits:
+        fits = [name for name, devices in KERNELS.items() if device_type in devices and dtype != torch.float64]
+        return fits[0] if fits and _is_installed(fits[0]) else "torch"
+    if backend in KERNELS:
+        _, _, devices = _kernels(backend)
+        if device_type not in devices or dtype == torch.float64:
             raise ValueError(
-                f'the "numba" backend computes in float32 on the CPU, not in {dtype} on {device_type!r}; use "torch"'
+                f"the {backend!r} backend computes in float32 on {' or '.join(devices)}, not in {dtype} on "
+                f'{device_type!r}; use "torch"'
             )
-        if error := _numba_error():
-            raise error
     return backend
 
 
 @functools.cache
-def _numba_error() -> ImportError | None:
+def _is_installed(backend: str) -> bool:
     try:
-        from .scan_numba import forward  # noqa: F401
+        _kernels(backend)
     except ImportError as error:
-        return error
-    return None
+        if backend != "numba":  # nobody has a GPU in order to run the portable implementation
+            warnings.warn(f'{error}; "auto" falls back to "torch", which is slower', stacklevel=2)
+        return False
+    return True
 
 
-def _implementation(backend: str, tensor: Tensor):
-    """(forward, backward) for a backend name."""
-    if resolve_backend(backend, tensor.device.type, tensor.dtype) == "numba":
+def _kernels(backend: str) -> tuple[Callable, Callable, tuple[str, ...]]:
+    """(forward, backward, device types) of a backend of KERNELS."""
+    if backend == "numba":
         from .scan_numba import backward, forward
 
-        return forward, backward
-    return torch_forward, torch_backward
+        return forward, backward, KERNELS[backend]
+    from .scan_triton import INTERPRETED, backward, forward
+
+    if backend == "triton_batch_invariant":
+        forward, backward = (functools.partial(function, batch_invariant=True) for function in (forward, backward))
+    return forward, backward, ("cpu",) if INTERPRETED else KERNELS[backend]
+
+
+def _implementation(backend: str, tensor: Tensor) -> tuple[Callable, Callable]:
+    """(forward, backward) for a backend name."""
+    backend = resolve_backend(backend, tensor.device.type, tensor.dtype)
+    return _kernels(backend)[:2] if backend in KERNELS else (torch_forward, torch_backward)
 
 
 # Custom code from the Hub is a package of its own: its operators must not take the names of the installed ones.

@@ -6,6 +6,8 @@ import tempfile
 # Before the first import of a Hugging Face library: they read these once.
 CACHE = tempfile.TemporaryDirectory(prefix="minrnn-tests-")
 os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1"}
+# Before the first import of triton: its interpreter runs the GPU kernels on CPU tensors.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis  # noqa: E402
 import torch  # noqa: E402

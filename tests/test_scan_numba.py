@@ -72,9 +72,9 @@ def without_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     for name in ("scan_numba", "causal_conv_numba"):
         monkeypatch.delitem(sys.modules, f"modeling_minrnn.{name}", raising=False)
-    scan._numba_error.cache_clear()
+    scan._is_installed.cache_clear()
     yield
-    scan._numba_error.cache_clear()
+    scan._is_installed.cache_clear()
 
 
 @pytest.mark.oldest

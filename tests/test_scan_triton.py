@@ -1,0 +1,235 @@
+"""The GPU kernels by Triton's interpreter, and their choice. tests/test_scan.py holds them to the contract, and
+tests/test_machine_code.py looks at what they compile to; what runs on a GPU is checked by benchmarks/gpu.py."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from oracle import normal, random_mask, relative_error
+
+from modeling_minrnn import scan, scan_triton
+from modeling_minrnn.scan import GATES, minrnn_scan
+from modeling_minrnn.scan_triton import BACKWARD_TILES, FORWARD_TILES, MIN_TILES, Plan, plan
+
+CELLS = sorted(GATES)
+every_cell = pytest.mark.parametrize("cell_type", CELLS)
+
+
+@pytest.fixture(autouse=True)
+def infinite_exponentials():
+    """Of numpy, in which the interpreter computes: it warns of them."""
+    with np.errstate(over="ignore"):
+        yield
+
+
+def forward_and_backward(cell_type, B, T, D, seed=0, shift=0.0, backend="triton", dtype=torch.float32, **masks):
+    """(states, final state, gradients of projected, initial and reset state), and the same of the oracle.
+
+    shift: added to the log-odds of the candidate."""
+    projected = normal(B, T, GATES[cell_type] * D, seed=seed)
+    projected[..., :D] += shift * (1 if cell_type == "mingru" else -0.5)
+    if cell_type == "minlstm":
+        projected[..., D : 2 * D] += 0.5 * shift
+    inputs = [projected.to(dtype), normal(B, D, seed=seed + 1), normal(D, seed=seed + 2)]
+    d_states, d_final_state = normal(B, T, D, seed=seed + 3).to(dtype), normal(B, D, seed=seed + 4)
+
+    def run(function, inputs, **more):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        states, final = function(inputs[0], cell_type, inputs[1], reset_state=inputs[2], **masks, **more)
+        upstream = d_states.to(states.dtype), d_final_state.to(final.dtype)
+        gradients = torch.autograd.grad((states, final), inputs, upstream, materialize_grads=True)
+        return states.detach(), final.detach(), *gradients
+
+    return run(minrnn_scan, inputs, backend=backend), run(oracle.scan, [x.double() for x in inputs])
+
+
+def assert_equal_to_oracle(results, tolerance=3e-6):
+    for name, actual, expected in zip(("states", "final", "d_projected", "d_initial", "d_reset"), *results):
+        assert relative_error(actual, expected) <= tolerance, name
+
+
+# Tiles and segments
+
+
+@every_cell
+@pytest.mark.parametrize("T, D", [(64, 32), (150, 33), (65, 5)])
+def test_the_tiles_of_a_gpu_equal_the_oracle(cell_type, T, D):
+    """A full tile alone, full tiles and a ragged one, a ragged channel."""
+    assert_equal_to_oracle(forward_and_backward(cell_type, 1, T, D))
+
+
+@every_cell
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1.5e-3), (torch.bfloat16, 6e-3)])
+def test_the_tiles_of_a_gpu_with_masks_in_half_precision_equal_the_oracle(cell_type, dtype, tolerance):
+    masks = dict(reset_mask=random_mask(2, 90, seed=0, share=0.05), padding_mask=random_mask(2, 90, seed=1, share=0.1))
+    assert_equal_to_oracle(forward_and_backward(cell_type, 2, 90, 33, dtype=dtype, **masks), tolerance)
+
+
+FEW = (2, 4, 16, 1)
+
+
+@pytest.fixture
+def many_segments(monkeypatch):
+    """Segments of 24 and 16 tokens, in tiles of 8 and 4."""
+    monkeypatch.setattr(scan_triton, "FORWARD_TILES", [FEW] * 2)
+    monkeypatch.setattr(scan_triton, "BACKWARD_TILES", [(2, 2, 16, 1)] * 2)
+    monkeypatch.setattr(scan_triton, "MIN_TILES", 2)
+    monkeypatch.setattr(scan_triton, "processors", lambda device: 100)
+
+
+@every_cell
+@pytest.mark.parametrize("shift", [-12.0, 0.0, 12.0], ids=["remembering", "ordinary", "forgetting"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_segments_equal_the_oracle(cell_type, shift, masked, many_segments):
+    """Also where the product of a segment underflows, so that only a part of it is read."""
+    T = 105
+    assert plan(2, T, 5, FEW, 100).segments == 5
+    masks = {}
+    if masked:
+        masks = dict(
+            reset_mask=random_mask(2, T, seed=0, share=0.1), padding_mask=random_mask(2, T, seed=1, share=0.2)
+        )
+    assert_equal_to_oracle(forward_and_backward(cell_type, 2, T, 5, shift=shift, **masks))
+
+
+@every_cell
+def test_a_state_survives_gates_that_let_nothing_in(cell_type):
+    """a = 1 - 2e-9: each float32 product of them would be 1, and 4096 of them forget 8e-6 of the state."""
+    results = forward_and_backward(cell_type, 1, 4096, 2, shift=-20.0)
+    assert_equal_to_oracle(results)
+
+
+@every_cell
+def test_rows_do_not_depend_on_their_batch_where_that_is_asked_for(cell_type, many_segments, monkeypatch):
+    """Bit by bit, where the plan for the batch is another one."""
+    monkeypatch.setattr(scan_triton, "processors", lambda device: 1)
+    assert plan(1, 105, 5, FEW, 1) != plan(7, 105, 5, FEW, 1)
+    projected = normal(7, 105, GATES[cell_type] * 5, seed=0)
+    gradients = {}
+    for rows in (slice(0, 7), slice(3, 4)):
+        x = projected[rows].clone().requires_grad_()
+        states, final_state = minrnn_scan(x, cell_type, backend="triton_batch_invariant")
+        states.sum().backward()
+        gradients[rows.start] = states.detach(), final_state.detach(), x.grad
+    for of_all, of_one in zip(gradients[0], gradients[3]):
+        assert torch.equal(of_all[3:4], of_one)
+
+
+@every_cell
+@torch.no_grad()
+def test_offsets_beyond_32_bits(cell_type):
+    """A batch whose second row begins 2 ** 31 elements after the first; no byte between them is touched."""
+    row = normal(2, 5, GATES[cell_type] * 3, seed=0).to(torch.bfloat16)
+    memory = torch.empty(2**31 + row.numel(), dtype=torch.bfloat16)
+    apart = memory.as_strided(row.shape, (2**31, *row.stride()[1:])).copy_(row)
+    for actual, expected in zip(*(minrnn_scan(x, cell_type, backend="triton") for x in (apart, row))):
+        assert torch.equal(actual, expected)
+
+
+# The plan
+
+H200 = 132  # multiprocessors
+TILE = FORWARD_TILES[0]
+
+
+@pytest.mark.parametrize(
+    "B, T, D, expected",
+    [
+        (8, 2048, 1024, Plan(*TILE, segments=4, length=512)),
+        (1, 65536, 1024, Plan(*TILE, segments=32, length=2048)),
+        (64, 512, 512, Plan(*TILE, segments=1, length=512)),
+        (16, 4096, 2048, Plan(*TILE, segments=1, length=4096)),
+        (1024, 4096, 2048, Plan(*TILE, segments=1, length=4096)),
+        (1, 1, 1, Plan(2, 16, 1, 2, segments=1, length=32)),
+        (1, 1_048_576, 768, Plan(*TILE, segments=44, length=23872)),
+    ],
+)
+def test_the_plan_for_an_h200(B, T, D, expected):
+    assert plan(B, T, D, TILE, H200) == expected
+
+
+@given(
+    B=st.integers(1, 100),
+    T=st.integers(1, 100_000),
+    D=st.integers(1, 5000),
+    tile=st.sampled_from(FORWARD_TILES + BACKWARD_TILES),
+    processors=st.integers(1, 200),
+)
+@example(B=1, T=1, D=1, tile=TILE, processors=1)
+def test_every_plan_covers_every_token_and_channel_once(B, T, D, tile, processors):
+    layout = plan(B, T, D, tile, processors)
+    tokens = [min(layout.length, T - segment * layout.length) for segment in range(layout.segments)]
+    assert min(tokens) > 0 and sum(tokens) == T
+    assert layout.length % (layout.W * layout.U) == 0  # only the last segment has a ragged tile
+    assert layout.segments == 1 or layout.length >= MIN_TILES * layout.W * layout.U
+    assert layout.BD & (layout.BD - 1) == layout.W & (layout.W - 1) == 0  # Triton's blocks are powers of two
+    assert layout.W <= tile[0] and layout.BD <= tile[2]
+
+
+# The choice of the backend
+
+
+def test_auto_takes_triton_on_every_gpu_and_leaves_float64_and_other_devices_to_torch():
+    for device in ("cuda", "xpu"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert scan.resolve_backend("auto", device, dtype) == "triton"
+        assert scan.resolve_backend("auto", device, torch.float64) == "torch"
+    assert scan.resolve_backend("auto", "mps", torch.float32) == "torch"
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "modeling_minrnn.scan_triton")
+    scan._is_installed.cache_clear()
+    yield
+    scan._is_installed.cache_clear()
+
+
+@pytest.mark.oldest
+def test_auto_on_a_gpu_without_triton_is_torch_with_one_warning(without_triton):
+    with pytest.warns(UserWarning, match='pip install triton; "auto" falls back to "torch"') as caught:
+        for _ in range(3):
+            assert scan.resolve_backend("auto", "cuda", torch.bfloat16) == "torch"
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scan.resolve_backend("auto", "mps", torch.float32)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("T", [1, 5])
+def test_asking_for_an_absent_triton_says_what_to_install(without_triton, T):
+    with pytest.raises(ImportError, match='"triton" .* pip install triton'):
+        minrnn_scan(torch.zeros(1, T, 4), "mingru", backend="triton")
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("backend", ["triton", "triton_batch_invariant"])
+def test_triton_refuses_cpu_tensors_and_float64(backend, monkeypatch):
+    with pytest.raises(ValueError, match=f"'{backend}' backend .* not in torch.float64 .*; use \"torch\""):
+        minrnn_scan(torch.zeros(1, 5, 4, dtype=torch.float64), "mingru", backend=backend)
+    monkeypatch.setattr(scan_triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="on cuda or xpu, not in torch.float32 on 'cpu'"):
+        minrnn_scan(torch.zeros(1, 5, 4), "mingru", backend=backend)
+
+
+@pytest.mark.oldest
+def test_cpu_tensors_never_load_the_gpu_kernels():
+    script = """if True:
+        import sys, torch
+        from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+        ids = torch.zeros(1, 5, dtype=torch.long)
+        config = dict(vocab_size=7, hidden_size=8, num_hidden_layers=1)
+        for backend in ("auto", "torch"):
+            MinRNNForCausalLM(MinRNNConfig(**config, scan_backend=backend))(ids, labels=ids).loss.backward()
+        print("modeling_minrnn.scan_triton" in sys.modules)
+    """
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
