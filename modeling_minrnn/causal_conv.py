@@ -83,7 +83,7 @@ def windows_after(x: Tensor, window: Tensor, taps: Tensor | None, first: int) ->
 
 def read_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows (B, N, H) at index (B, ...), zero where the index is -1: (B, ..., H)."""
-    batch = torch.arange(len(rows), device=rows.device).view(-1, *[1] * (index.dim() - 1))
+    batch = torch.arange(rows.shape[0], device=rows.device).view(-1, *[1] * (index.dim() - 1))
     return rows[batch, index.clamp(min=0)] * (index >= 0)[..., None].to(rows.dtype)
 
 

@@ -1,0 +1,121 @@
+"""A language model as programs that run without this package:  python -m modeling_minrnn.export MODEL FOLDER
+
+writes two ONNX files, with the tokenizer and the configuration beside them (pip install 'modeling-minrnn[onnx]'):
+
+    prefill.onnx: input_ids (B, T), attention_mask (B, T) -> logits (B, V), new_state_0, new_state_1, ...
+    decode.onnx:  input_ids (B, 1), state_0, state_1, ... -> logits (B, V), new_state_0, new_state_1, ...
+
+B batch, T time, V vocabulary, D state width, H hidden size, K convolution kernel size. The logits are those after the
+last token: shorter prompts are padded on the left. The state, two tensors a layer, is the recurrent state (B, D) and
+the convolution window (B, K - 1, H), whatever T was. `examples/onnx_stream.py` shows the loop around them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.scan import scan
+from torch.export import Dim, ExportedProgram
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from .causal_conv import causal_conv
+from .scan import NAMESPACE, minrnn_scan
+
+
+class FlatState(nn.Module):
+    """A language model that takes and returns its cache as a flat sequence of tensors; no state starts anew."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
+        cache = DynamicCache(config=self.model.config)
+        for layer, keys, values in zip(cache.layers, state[::2], state[1::2]):
+            layer.update(keys, values)
+        logits = self.model(input_ids, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+@torch.no_grad()
+def export_programs(model: PreTrainedModel) -> dict[str, ExportedProgram]:
+    """`FlatState` of the model by torch.export, as "prefill" and "decode", for any B and any T >= 2 of a prompt.
+
+    These still call this package's operators, which makes them as fast as the model.
+    """
+    model = FlatState(model.eval())
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    prompt = (tokens, torch.ones_like(tokens))
+    # The first call loads and compiles the kernels, which cannot be traced.
+    _, *state = model(*prompt)
+    batch, shape = {0: Dim("batch")}, {0: Dim("batch"), 1: Dim("time", min=2)}
+    return {
+        "prefill": torch.export.export(model, prompt, dynamic_shapes=(shape, shape)),
+        "decode": torch.export.export(
+            model, (tokens[:, :1], None, *state), dynamic_shapes=(batch, None, (batch,) * len(state))
+        ),
+    }
+
+
+def _plain_scan(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, backend):
+    """The scan as torch's higher-order operator, which ONNX has too, around a single step of this package's own."""
+    assert reset_mask is None, "exported programs read one document a row"
+
+    def step(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        projected, padding = (x[:, None] for x in token)
+        states, state = minrnn_scan(projected, cell_type, state, padding_mask=padding, backend="loop")
+        return state, states[:, 0].clone()  # what is carried and what is returned may not share memory
+
+    tokens = (projected.transpose(0, 1), padding_mask.transpose(0, 1))
+    final_state, states = scan(step, initial_state.contiguous(), tokens)
+    return states.transpose(0, 1), final_state
+
+
+def _plain_conv(x, weight, window, taps):
+    return causal_conv(x, weight, window, taps, backend="torch")
+
+
+def _plain_argsort(x, *, stable, dim, descending=False):
+    return torch.topk(x, x.shape[dim], dim, descending).indices  # ONNX defines that equal values keep their order
+
+
+# For the operators that ONNX does not know.
+DECOMPOSITIONS = {
+    getattr(torch.ops, NAMESPACE).scan.default: _plain_scan,
+    getattr(torch.ops, NAMESPACE).causal_conv.default: _plain_conv,
+    torch.ops.aten.argsort.stable: _plain_argsort,
+}
+
+
+@torch.no_grad()  # or the scan would be traced with its derivative
+def export_onnx(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write prefill.onnx and decode.onnx into `folder`; each holds all the weights.
+
+    Raises FileExistsError if the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in export_programs(model).items():
+        state = range(2 * model.config.num_hidden_layers)
+        inputs = ["input_ids", *(["attention_mask"] if name == "prefill" else [f"state_{i}" for i in state])]
+        torch.onnx.export(
+            program.run_decompositions(DECOMPOSITIONS),
+            input_names=inputs,
+            output_names=["logits", *(f"new_state_{i}" for i in state)],
+            dynamo=True,
+            verbose=False,
+        ).save(folder / f"{name}.onnx")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Export a MinRNN language model to ONNX.")
+    parser.add_argument("model", help="a model folder or a repository id")
+    parser.add_argument("folder", help="a new folder for prefill.onnx, decode.onnx, tokenizer and configuration")
+    arguments = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    export_onnx(model, arguments.folder)
+    AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.folder)
+    model.generation_config.save_pretrained(arguments.folder)

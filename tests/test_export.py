@@ -1,0 +1,97 @@
+"""Exported programs compute what the model does, for any batch and time, and write the same text."""
+
+import itertools
+
+import onnx
+import pytest
+import torch
+from onnxruntime import InferenceSession
+from small_models import CELLS, SHAPES, WrittenOut, assert_close, random_ids, small_model
+
+from examples.onnx_stream import generate
+from modeling_minrnn.export import export_onnx, export_programs
+
+# torch.export says so of its own tree specifications when it copies them.
+pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+
+# A learned initial state or none, biases or none; seeds whose greedy text does not soon repeat itself.
+MODELS = {
+    "mingru": {**SHAPES[3], "seed": 7},
+    "minlstm": {**SHAPES[2], "conv_kernel_size": 4, "tie_word_embeddings": False, "seed": 17},
+}
+
+
+def model_of(cell_type):
+    return small_model(cell_type, **MODELS[cell_type])
+
+
+@pytest.fixture(scope="module", params=CELLS)
+def exported(request, tmp_path_factory):
+    """A model and the folder that holds it in ONNX."""
+    model = model_of(request.param)
+    folder = tmp_path_factory.mktemp("export") / "onnx"
+    export_onnx(model, folder)
+    return model, folder
+
+
+def padded_on_the_left(ids, *padding):
+    """ids and an attention mask without the first `padding` tokens of each row."""
+    return ids, (torch.arange(ids.shape[1]) >= torch.tensor(padding)[:, None]).long()
+
+
+def expected(model, ids, mask):
+    """The logits after each row and the state that it leaves, written out in float64 from its real tokens alone."""
+    rows = [WrittenOut(model)(row[real.bool()]) for row, real in zip(ids, mask)]
+    logits = torch.stack([logits[-1] for logits, _, _ in rows])
+    state = [torch.stack(tensors) for layer in zip(*(cache for *_, cache in rows)) for tensors in zip(*layer)]
+    return [logits, *state]
+
+
+PROMPTS = [padded_on_the_left(random_ids(3, 7), 0, 3, 6), padded_on_the_left(random_ids(1, 2), 0)]
+
+
+@pytest.mark.parametrize("cell_type", CELLS)
+def test_exported_programs_compute_what_the_model_does_for_any_batch_and_time(cell_type):
+    model = model_of(cell_type)
+    programs = {name: program.module() for name, program in export_programs(model).items()}
+    for ids, mask in PROMPTS:
+        outputs = programs["prefill"](ids, mask)
+        next_ids = random_ids(len(ids), 1, seed=1)
+        next_outputs = programs["decode"](next_ids, None, *outputs[1:])
+        longer = torch.cat([ids, next_ids], 1), torch.cat([mask, torch.ones_like(next_ids)], 1)
+        for actual, wanted in zip((*outputs, *next_outputs), expected(model, ids, mask) + expected(model, *longer)):
+            assert_close(actual, wanted)
+
+
+def test_onnx_files_compute_what_the_model_does_for_any_batch_and_time(exported):
+    model, folder = exported
+    prefill, decode = (InferenceSession(folder / f"{name}.onnx") for name in ("prefill", "decode"))
+    for ids, mask in [*PROMPTS, padded_on_the_left(random_ids(2, 1), 0, 0)]:
+        outputs = prefill.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        next_ids = random_ids(len(ids), 1, seed=1)
+        names = [value.name for value in decode.get_inputs()]
+        next_outputs = decode.run(None, dict(zip(names, [next_ids.numpy(), *outputs[1:]])))
+        longer = torch.cat([ids, next_ids], 1), torch.cat([mask, torch.ones_like(next_ids)], 1)
+        for actual, wanted in zip((*outputs, *next_outputs), expected(model, ids, mask) + expected(model, *longer)):
+            assert_close(torch.tensor(actual), wanted)
+
+
+def test_onnx_files_write_the_same_200_tokens_as_generate(exported):
+    model, folder = exported
+    prompt = random_ids(1, 9)
+    wanted = model.generate(prompt, max_new_tokens=200, do_sample=False, pad_token_id=0)[0, 9:].tolist()
+    assert len(set(wanted)) > 10
+    assert list(itertools.islice(generate(folder, prompt[0].tolist(), 0.0, 0), 200)) == wanted
+
+
+def test_onnx_files_need_no_operators_but_those_of_onnx(exported):
+    for path in exported[1].glob("*.onnx"):
+        onnx.checker.check_model(path, full_check=True)
+        assert {imported.domain for imported in onnx.load(path).opset_import} == {""}
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(FileExistsError, match="is not empty: choose another folder$"):
+        export_onnx(model_of("mingru"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
