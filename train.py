@@ -9,6 +9,7 @@ B batch (windows of one process and micro-batch), T time.
 import argparse
 import dataclasses
 import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ from training.checkpoint import (
 )
 from training.config import InputError, TrainConfig, load_config, nearest
 from training.data import RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
+from training.hub import push_folder
 from training.report import MetricsLog, held_out_scores, plot_loss_curve, write_model_card
 from training.tokenizers import load_tokenizer
 
@@ -186,9 +188,12 @@ def main(path: str, overrides: list[str]) -> int:
         accelerator.print(f"stopped at step {progress.step}: the same command with train.resume=true continues it")
     elif accelerator.is_main_process:
         plot_loss_curve(output_dir)
-        write_model_card(output_dir, config, model, progress)
+        command = shlex.join(["python", "train.py", path, *overrides])
+        write_model_card(output_dir, config, model, progress, command)
         print(f"{output_dir} holds the model of step {progress.best_step}, held-out loss {progress.best_loss:.4f}")
     accelerator.end_training()
+    if config.hub.push and not interrupted and accelerator.is_main_process:
+        print(f"published as {push_folder(output_dir, config.hub)}")
     return EXIT_INTERRUPTED if interrupted else 0
 
 
@@ -271,7 +276,7 @@ def sample(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a minGRU or minLSTM language model.")
-    parser.add_argument("config", help="YAML file with the sections model, data and train, e.g. configs/demo.yaml")
+    parser.add_argument("config", help="YAML file with the settings of the run, e.g. configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
     arguments = parser.parse_args()
     try:

@@ -70,7 +70,7 @@ def test_a_wrong_override_is_one_line_about_its_key(minimal, override, message):
     [
         ("train: {stepz: 3}", "unknown key train.stepz; the nearest known one is train.steps"),
         ("data: {dataset: python-stdlib}", "train.steps is missing"),
-        ("- train", "not a mapping of the sections model, data and train"),
+        ("- train", "not a mapping of the sections model, data, train and hub"),
         ("train: [", "while parsing a flow node did not find expected node content"),
         (MINIMAL.replace("steps: 9", "steps: 0"), "train.steps is 0: must be at least 1"),
         (MINIMAL.replace("length: 8", "length: 0"), "train.sequence_length is 0: must be at least 1"),
@@ -79,6 +79,8 @@ def test_a_wrong_override_is_one_line_about_its_key(minimal, override, message):
         (MINIMAL.replace("python-stdlib", "python-stdlib, held_out_fraction: 1"), "data.held_out_fraction is 1.0"),
         (MINIMAL.replace("steps: 9", "steps: 9, warmup_steps: 10"), "train.warmup_steps + train.decay_steps is 10"),
         (MINIMAL.replace("steps: 9", "steps: 9, schedule: wsd"), "train.decay_steps is 0: must be positive"),
+        (MINIMAL + "hub: {push: true}", "hub.push needs hub.repository, e.g. user/name"),
+        (MINIMAL + "hub: {repository: a/b/c}", "hub.repository: Repo id must be in the form"),
         (MINIMAL.replace("0.01", ".nan"), "train.learning_rate is nan: must be positive"),
     ],
 )

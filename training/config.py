@@ -1,4 +1,4 @@
-"""The settings of a run: one YAML file with the sections `model`, `data` and `train`, plus key=value overrides."""
+"""The settings of a run: a YAML file with the sections `model`, `data`, `train` and `hub`, and key=value overrides."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
@@ -120,12 +122,35 @@ class TrainConfig:
 
 
 @dataclass
+class HubConfig:
+    """Where the finished run is published."""
+
+    # Upload the best model with its tokenizer, code, model card and reports when training is done.
+    push: bool = False
+    # "user/name"; must not exist yet.
+    repository: str | None = None
+    private: bool = False
+    # Of the weights, as the Hub names licences: https://huggingface.co/docs/hub/repositories-licenses
+    license: str = "apache-2.0"
+
+    def check(self) -> None:
+        if self.push and not self.repository:
+            raise InputError("hub.push needs hub.repository, e.g. user/name")
+        if self.repository:
+            try:
+                validate_repo_id(self.repository)
+            except HFValidationError as error:
+                raise InputError(f"hub.repository: {one_line(error)}") from error
+
+
+@dataclass
 class RunConfig:
     """`model` holds the arguments of MinRNNConfig, which is also their only list."""
 
     model: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
@@ -146,6 +171,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
         run: RunConfig = OmegaConf.to_object(config)
         run.data.check()
         run.train.check()
+        run.hub.check()
     except MissingMandatoryValue as error:
         raise InputError(f"{path}: {error.full_key} is missing") from error
     except InputError as error:
@@ -156,7 +182,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
 def set_values(config: DictConfig, sections: Any) -> None:
     """Key by key, because a merge of whole sections does not always say which key was wrong."""
     if not isinstance(sections, dict):
-        raise InputError("not a mapping of the sections model, data and train")
+        raise InputError("not a mapping of the sections model, data, train and hub")
     for section, values in sections.items():
         if section not in config:
             raise InputError(f"unknown section {section}; the nearest known one is {nearest(section, config)}")

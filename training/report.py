@@ -2,16 +2,21 @@
 
 import json
 import math
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
+from modeling_minrnn import MinRNNConfig
+
 from .checkpoint import SETTINGS_FILE, Progress
-from .config import DataConfig, RunConfig
+from .config import STDLIB, DataConfig, RunConfig
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_CURVE_FILE = "loss_curve.png"
@@ -48,29 +53,97 @@ def plot_loss_curve(folder: Path) -> None:
     figure.savefig(folder / LOSS_CURVE_FILE, dpi=120)
 
 
-def write_model_card(folder: Path, config: RunConfig, model: PreTrainedModel, progress: Progress) -> None:
-    """README.md of the model in `folder`: what it is, how it was trained, how good it is and how to load it."""
-    scores = held_out_scores(progress.best_loss, config.data)
-    losses = f"{scores['held_out_loss']:.4f} nats per token"
-    if "bits_per_byte" in scores:
-        losses += f", {scores['bits_per_byte']:.4f} bits per byte"
-    corpus = config.data.dataset or ", ".join(config.data.files)
-    card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=[model.config.model_type]),
+@dataclass
+class TrainedModel:
+    """What a model card says beyond the settings of the run. What is not known it leaves out."""
+
+    parameters: int
+    command: str
+    commit: str | None = None  # of the code that trained it
+    versions: dict[str, str] = field(default_factory=dict)  # of Python and of packages
+    best_step: int | None = None
+    held_out_loss: float | None = None
+    loss_curve: str | None = None  # a picture beside the card
+
+
+def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel) -> ModelCard:
+    """What the model is, how good it is, how it was trained, and how to load it, after model_cards/template.md.
+
+    name: a repository id, or what the folder is called. settings: `config` as the YAML that a reader is to see.
+    """
+    data = config.data
+    corpus = {STDLIB: "the source of Python's standard library"}.get(data.dataset, data.dataset)
+    corpus = corpus or ", ".join("/".join(Path(file).parts[-2:]) for file in data.files)
+    scores = {} if model.held_out_loss is None else held_out_scores(model.held_out_loss, data)
+    unit = "character" if data.tokenizer == "character" else "token"
+    labels = {"held_out_loss": f"Held-out loss, nats per {unit}", "bits_per_byte": "Held-out loss, bits per byte"}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data.dataset or "text",
+            dataset_name=corpus,
+            dataset_split="held out",
+            metric_type=key,
+            metric_name=labels[key],
+            metric_value=round(value, 4),
+        )
+        for key, value in scores.items()
+    ]
+    code = [f"commit {model.commit}"] if model.commit else []
+    code += [f"{package} {version}" for package, version in model.versions.items()]
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            license=config.hub.license,
+            pipeline_tag="text-generation",
+            tags=[MinRNNConfig.model_type],
+            datasets=[data.dataset] if data.dataset and data.dataset != STDLIB else None,
+            model_name=name,
+            eval_results=results or None,
+        ),
         template_path=str(CARD_TEMPLATE),
-        name=folder.resolve().name,
-        cell={"mingru": "minGRU", "minlstm": "minLSTM"}[model.config.cell_type],
-        parameters=f"{model.num_parameters():,}",
+        name=name,
+        cell={"mingru": "minGRU", "minlstm": "minLSTM"}[config.model.get("cell_type", MinRNNConfig.cell_type)],
+        parameters=f"{model.parameters:,}",
         corpus=corpus,
-        losses=losses,
-        best_step=progress.best_step,
-        tokens=f"{progress.best_step * config.train.batch_size * config.train.sequence_length:,}",
-        loss_curve=LOSS_CURVE_FILE,
-        prompt=repr(config.train.sample_prompts[0] if config.train.sample_prompts else ""),
-        settings=(folder / SETTINGS_FILE).read_text().strip(),
-        transformers_version=transformers.__version__,
+        scores=results,
+        loss_curve=model.loss_curve,
+        best_step=model.best_step,
+        tokens=f"{(model.best_step or 0) * config.train.batch_size * config.train.sequence_length:,}",
+        command=model.command,
+        code=", ".join(code),
+        prompt=json.dumps(config.train.sample_prompts[0] if config.train.sample_prompts else ""),
+        settings=settings.strip(),
+        license=config.hub.license,
     )
-    card.save(folder / "README.md")
+
+
+def write_model_card(
+    folder: Path, config: RunConfig, model: PreTrainedModel, progress: Progress, command: str
+) -> None:
+    """README.md of the model that a run has left in `folder`."""
+    packages = ("torch", "transformers", "accelerate", "datasets")
+    trained = TrainedModel(
+        parameters=model.num_parameters(),
+        command=command,
+        commit=code_commit(),
+        versions={"Python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        best_step=progress.best_step,
+        held_out_loss=progress.best_loss,
+        loss_curve=LOSS_CURVE_FILE,
+    )
+    name = config.hub.repository or folder.resolve().name
+    model_card(name, config, (folder / SETTINGS_FILE).read_text(), trained).save(folder / "README.md")
+
+
+def code_commit() -> str | None:
+    """The commit of this checkout, with "-dirty" after it where files differ; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def held_out_scores(loss: float, data: DataConfig) -> dict[str, float]:
