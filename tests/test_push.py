@@ -1,0 +1,212 @@
+"""A trained model is published whole, by train.py or by hand, and loads from the Hub where this package is absent.
+
+Over HTTP against tests/loopback_hub.py, in processes of their own: the library reads where the Hub is when imported.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loopback_hub import TOKEN, loopback_hub
+from omegaconf import OmegaConf
+from small_models import small_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training.tokenizers import byte_tokenizer
+
+ROOT = Path(__file__).parent.parent
+REPOSITORY = "someone/times"
+PROMPT = "3 times"
+
+LOAD = """
+import json, sys
+repository, revision = sys.argv[1:]
+sys.modules["modeling_minrnn"] = None  # importing it is an ImportError
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+pinned = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(repository, **pinned)
+tokenizer = AutoTokenizer.from_pretrained(repository, **pinned)
+ids = tokenizer("3 times", return_tensors="pt")
+print(json.dumps({
+    "module": type(model).__module__,
+    "ids": model.generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0].tolist(),
+    "logits": model(**ids).logits.flatten().tolist(),
+}))
+"""
+
+
+@pytest.fixture
+def hub():
+    with loopback_hub() as hub:
+        yield hub
+
+
+def run(hub, home, *command, token=TOKEN):
+    """A finished process that takes `hub` for the Hub."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=own | hub.environment(home, token) | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def train(hub, folder, *overrides, token=TOKEN):
+    """train.py for a few steps, with hub.push; its output folder is folder/run."""
+    (folder / "corpus.txt").write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(9)))
+    OmegaConf.save(
+        {
+            "model": {"hidden_size": 12, "num_hidden_layers": 1},
+            "data": {"files": [str(folder / "corpus.txt")], "held_out_tokens": 50},
+            "train": {
+                "steps": 3, "batch_size": 2, "sequence_length": 16, "learning_rate": 0.01, "eval_every_steps": 3,
+                "save_every_steps": 3, "output_dir": str(folder / "run"),
+            },
+            "hub": {"push": True, "repository": REPOSITORY},
+        },
+        folder / "config.yaml",
+    )  # fmt: skip
+    return run(hub, folder / "home", sys.executable, "train.py", folder / "config.yaml", *overrides, token=token)
+
+
+def load(hub, folder, revision):
+    """What LOAD prints, in a process that finds nothing of this project but what is on the Hub."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", LOAD, REPOSITORY, revision],
+        cwd=folder,
+        env=own | hub.environment(folder / "new home"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_loads(loaded, model, tokenizer):
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    assert loaded["module"].startswith("transformers_modules.")
+    assert loaded["ids"] == model.generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0].tolist()
+    torch.testing.assert_close(torch.tensor(loaded["logits"]), model(**ids).logits.flatten())
+
+
+def test_train_publishes_the_model_and_a_fresh_process_loads_it_by_its_name_and_revision(hub, tmp_path):
+    process = train(hub, tmp_path, "hub.private=true")
+    assert process.returncode == 0, process.stderr
+    assert hub.repositories[REPOSITORY]["private"]
+    assert process.stdout.splitlines()[-1] == f"published as {hub.url}/{REPOSITORY}"
+    steps = ["POST create", "POST preupload", "POST lfs_batch", "PUT lfs_upload", "POST commit"]
+    assert list(dict.fromkeys(step for step in hub.requests if step in steps)) == steps
+
+    folder = tmp_path / "run"
+    published = hub.files(REPOSITORY)
+    assert published == {name: content for name, content in contents(folder).items() if "checkpoints" not in name}
+    assert {"model.safetensors", "tokenizer.json", "modeling_minrnn.py", "README.md", "loss_curve.png"} <= {*published}
+
+    # A later commit that spoils the model does not reach who pinned the one before.
+    commits = hub.repositories[REPOSITORY]["commits"]
+    revision = commits[-1][0]
+    commits.append(("f" * 40, published | {"config.json": b"{}", "modeling_minrnn.py": b"raise SystemExit"}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert_loads(load(hub, tmp_path, revision), model, tokenizer)
+
+
+def test_model_tokenizer_and_card_are_published_by_hand(hub, tmp_path):
+    model = small_model("minlstm", vocab_size=258, tie_word_embeddings=False, seed=4)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# Times\n")
+    push = (
+        "from huggingface_hub import ModelCard; from transformers import AutoModelForCausalLM, AutoTokenizer; "
+        "import modeling_minrnn, sys; folder, name = sys.argv[1:]; "
+        "AutoModelForCausalLM.from_pretrained(folder).push_to_hub(name); "
+        "AutoTokenizer.from_pretrained(folder).push_to_hub(name); "
+        "ModelCard.load(folder + '/README.md').push_to_hub(name)"
+    )
+    process = run(hub, tmp_path / "home", sys.executable, "-c", push, tmp_path / "model", REPOSITORY)
+    assert process.returncode == 0, process.stderr
+    assert hub.files(REPOSITORY)["README.md"].decode() == (tmp_path / "model" / "README.md").read_text()
+    assert not hub.repositories[REPOSITORY]["private"] and "POST validate_card" in hub.requests
+    revision = hub.repositories[REPOSITORY]["commits"][-1][0]
+    assert_loads(load(hub, tmp_path, revision), model, byte_tokenizer())
+
+
+def test_a_refused_token_ends_a_run_in_one_line_after_it_is_saved(hub, tmp_path):
+    process = train(hub, tmp_path, token="hf_wrong")
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    reason = "the token was refused; log in with `hf auth login`, or set HF_TOKEN"
+    assert process.stderr.splitlines()[-1] == f"error: {failed(reason, tmp_path / 'run')}"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert (tmp_path / "run" / "README.md").is_file() and (tmp_path / "run/checkpoints/step-00000003").is_dir()
+    assert hub.repositories == {}
+
+
+def failed(reason, folder):
+    return (
+        f"hub.repository {REPOSITORY}: {reason}. The run is complete in {folder}; to upload it: "
+        f"hf upload {REPOSITORY} {folder} . --exclude 'checkpoints/*'"
+    )
+
+
+PUSH_FOLDER = """
+import sys
+from pathlib import Path
+import huggingface_hub.utils._http
+from training.config import HubConfig, InputError
+from training.hub import push_folder
+huggingface_hub.utils._http.time.sleep = lambda seconds: None  # between six attempts, 23 seconds in all
+try:
+    push_folder(Path(sys.argv[1]), HubConfig(repository=sys.argv[2]))
+except InputError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What a run leaves, in small."""
+    folder = tmp_path / "run"
+    small_model().save_pretrained(folder)
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000003" / "optimizer.bin").write_bytes(b"large")
+    return folder
+
+
+def test_an_upload_to_a_name_that_exists_changes_nothing(hub, folder):
+    before = contents(folder)
+    hub.repositories[REPOSITORY] = {"private": False, "commits": [("0" * 40, {"thesis.txt": b"irreplaceable"})]}
+    process = run(hub, folder.parent / "home", sys.executable, "-c", PUSH_FOLDER, folder, REPOSITORY)
+    assert process.stdout == failed("a repository of this name exists", folder) + "\n"
+    assert contents(folder) == before
+    assert hub.files(REPOSITORY) == {"thesis.txt": b"irreplaceable"}
+
+
+def test_a_connection_that_drops_in_mid_upload_loses_nothing_and_can_be_made_good(hub, folder):
+    before = contents(folder)
+    hub.drop_uploads = True
+    process = run(hub, folder.parent / "home", sys.executable, "-c", PUSH_FOLDER, folder, REPOSITORY)
+    reason = "Error while uploading 'model.safetensors' to the Hub: Server disconnected without sending a response"
+    assert process.stdout == failed(reason, folder) + "\n"
+    assert contents(folder) == before
+    assert hub.files(REPOSITORY) == {}
+
+    hub.drop_uploads = False
+    _, *arguments = shlex.split(process.stdout.partition("to upload it: ")[2])
+    process = run(hub, folder.parent / "home", Path(sys.executable).parent / "hf", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert hub.files(REPOSITORY) == {name: content for name, content in before.items() if "checkpoints" not in name}
