@@ -20,7 +20,7 @@ test: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt torch
-	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,trackers,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,serving,trackers,dev]'
 	touch $@
 
 .PHONY: train test

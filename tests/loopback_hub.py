@@ -33,8 +33,13 @@ class Hub(ThreadingHTTPServer):
 
     def environment(self, home, token=TOKEN):
         """Variables with which a process takes this for the Hub; `home` keeps what it downloads."""
-        # Xet, which uploads prefer, is a storage service behind a binary client; over LFS the API is plain HTTP.
-        settings = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        settings = {
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            # Xet, which uploads prefer, is a storage service behind a binary client; over LFS the API is plain HTTP.
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # `hf` would ask a package registry
+        }
         return settings | ({"HF_TOKEN": token} if token else {})
 
 

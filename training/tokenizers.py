@@ -11,6 +11,11 @@ from .config import InputError
 END_OF_TEXT = "<eos>"
 PADDING = "<pad>"
 UNKNOWN = "<unk>"
+# A conversation as plain text, in which a turn ends as a document does: "user: Hello.<eos>assistant: Hi.<eos>".
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -19,7 +24,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in bytes_to_unicode().items()}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING, chat_template=CHAT_TEMPLATE
+    )
 
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
