@@ -1,7 +1,7 @@
 """Stream text from a model in ONNX, without torch or transformers:
 
     python -m modeling_minrnn.export MODEL FOLDER
-    python examples/onnx_stream.py FOLDER "def read_" --max-new-tokens 200
+    python -m examples.onnx_stream FOLDER "def read_" --max-new-tokens 200
 
 Needs onnxruntime, tokenizers and numpy. Greedy unless a temperature is given.
 """

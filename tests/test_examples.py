@@ -1,0 +1,89 @@
+"""Every example runs as its first line says, on a tiny model, and does what it says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from printable_model import continuation, printable_model, save
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder, *command, text=""):
+    """What `python ...` prints, run in `folder` with `text` as its input."""
+    process = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        input=text,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def model():
+    return printable_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return save(model, tmp_path_factory.mktemp("examples") / "model")
+
+
+def test_generate_prints_the_prompt_and_as_many_bytes_as_asked(tmp_path):
+    output = run(tmp_path, "-m", "examples.generate", "--prompt", "import ", "--max-new-tokens", 30)
+    assert output.startswith("import ") and len(output) > len("import ") + 10
+
+
+def test_chat_answers_from_its_state_what_a_model_answers_that_reads_the_whole_transcript(model, folder, tmp_path):
+    output = run(tmp_path, "-m", "examples.chat", "--model", folder, "--max-new-tokens", 20, text="hello\nand then?\n")
+    first, first_size, second, second_size = output.splitlines()
+    transcript = "user: hello<eos>assistant: "
+    assert first == continuation(model, transcript, 20)
+    transcript += f"{first}<eos>user: and then?<eos>assistant: "
+    assert second == continuation(model, transcript, 20)
+    kept = 4 * 2 * (21 + 3 * 14)  # bytes of float32, layers, channels of the state and of three tokens
+    assert first_size.endswith(f" tokens in a state of {kept / 1000:.1f} kB]")
+    assert second_size.split(" in ")[1] == first_size.split(" in ")[1]
+
+
+def test_lora_learns_and_leaves_a_model_that_needs_no_peft(folder, tmp_path):
+    output = run(tmp_path, "-m", "examples.finetune_lora", "--model", folder, "--output", "tuned", "--steps", 20)
+    before, after = map(float, re.search(r"loss before (\S+), after (\S+) nats", output).groups())
+    tuned, tokenizer = (auto.from_pretrained(tmp_path / "tuned") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    assert not (tmp_path / "tuned" / "adapter_config.json").exists()
+    # The loss that it says, on the lines that it evaluates: bytes and the end token, each but the first predicted.
+    lines = [f"{a} plus {b} is {a + b}.\n<eos>" for a in range(40) for b in range(40)][1::50]
+    batch = tokenizer(lines, return_tensors="pt", padding=True)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    with torch.no_grad():
+        assert tuned(**batch, labels=labels).loss.item() == pytest.approx(after, rel=0.02)  # a mean of batches' means
+    assert after < before - 0.5
+
+
+def test_classify_learns_to_tell_questions_from_statements(tmp_path):
+    output = run(tmp_path, "-m", "examples.classify")
+    assert float(re.search(r"accuracy on 100 held-out texts: (\S+)", output)[1]) > 0.95
+    assert re.findall(r"'label': '(\w+)'", output) == ["question", "statement"]
+
+
+def test_onnx_streams_the_text_of_generate_without_importing_torch(model, folder, tmp_path):
+    run(tmp_path, "-m", "modeling_minrnn.export", folder, "onnx")
+    stream = (
+        "import sys, runpy; sys.modules.update(torch=None, transformers=None); "  # importing these is an ImportError
+        "runpy.run_module('examples.onnx_stream', run_name='__main__')"
+    )
+    output = run(tmp_path, "-c", stream, "onnx", "def main", "--max-new-tokens", 40)
+    assert output == "def main" + continuation(model, "def main", 40) + "\n"
+    sampled = [
+        run(tmp_path, "-c", stream, "onnx", "def main", "--temperature", 1, "--seed", seed) for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
