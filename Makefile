@@ -1,5 +1,5 @@
 # make train   install into .venv, train configs/demo.yaml (minutes on two CPU cores), complete a prompt
-# make test    lint and all tests, on two cores
+# make test    lint, types and all tests, on two cores
 # Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
 
 PYTHON ?= python3
@@ -14,6 +14,7 @@ train: .venv/installed
 # Two workers on two cores: threads of their own would only get in each other's way.
 test: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
 # torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.

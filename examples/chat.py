@@ -1,7 +1,7 @@
 """Talk to a model that keeps no transcript, only its state:  python -m examples.chat [--model FOLDER]
 
-Every line of the input is a turn; end with Ctrl-D. The state is all that the model knows of what was said; its size does
-not change. The turns are put together by the tokenizer's chat template, which must write one after the other.
+Every line of the input is a turn; end with Ctrl-D. What the model knows of all that was said is its state, whose size
+does not change. The turns are put together by the tokenizer's chat template, which must write one after the other.
 """
 
 import argparse

@@ -4,6 +4,8 @@
 (B, K - 1, H). Neither grows with the sequence. Importing this module registers both layers with transformers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
@@ -14,7 +16,7 @@ MAX_ROLLBACK_TOKENS = 128  # more than any assistant drafts at once
 class MinRNNDynamicLayer(CacheLayerMixin):
     """The state after the tokens seen so far; after `activate_past_recording`, also after each of the latest ones."""
 
-    _layer_type = "minrnn"
+    _layer_type: str | None = "minrnn"
     is_compileable = False
     is_croppable = True
     is_sliding = False
@@ -50,7 +52,7 @@ class MinRNNDynamicLayer(CacheLayerMixin):
         return (self.keys, self.values) if self.cumulative_length else (initial_state, window)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, num_tokens: int = 1, past: list[tuple[Tensor, Tensor]] = ()
+        self, key_states: Tensor, value_states: Tensor, num_tokens: int = 1, past: Sequence[tuple[Tensor, Tensor]] = ()
     ) -> tuple[Tensor, Tensor]:
         """Replace the state and window, `num_tokens` further on.
 

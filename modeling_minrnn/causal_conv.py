@@ -18,9 +18,9 @@ def conv_taps(kernel_size: int, reset_mask: Tensor | None, padding_mask: Tensor 
     read from before a reset. `taps[:, t, 1:]` is therefore the window that is left after token t. Without masks tap k
     of token t reads t + k, and None says so.
     """
-    if reset_mask is None and padding_mask is None:
-        return None
     mask = padding_mask if reset_mask is None else reset_mask
+    if mask is None:
+        return None
     position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     document = torch.zeros_like(position) if reset_mask is None else reset_mask.long().cumsum(1)
     rank, at_rank = position, position  # of each token, or the last real one before it, among the real tokens
@@ -68,7 +68,7 @@ def causal_conv(
         return (rows * weight.T).sum(1, keepdim=True)
     if taps is None:
         return F.conv1d(rows.transpose(1, 2), weight[:, None], groups=len(weight)).transpose(1, 2)
-    return sum(read_rows(rows, taps[..., k]) * weight[:, k] for k in range(K))
+    return sum((read_rows(rows, taps[..., k]) * weight[:, k] for k in range(K)), start=x.new_zeros(()))
 
 
 def windows_after(x: Tensor, window: Tensor, taps: Tensor | None, first: int) -> list[Tensor]:

@@ -101,13 +101,15 @@ def export_onnx(model: PreTrainedModel, folder: str | Path) -> None:
     for name, program in export_programs(model).items():
         state = range(2 * model.config.num_hidden_layers)
         inputs = ["input_ids", *(["attention_mask"] if name == "prefill" else [f"state_{i}" for i in state])]
-        torch.onnx.export(
+        exported = torch.onnx.export(
             program.run_decompositions(DECOMPOSITIONS),
             input_names=inputs,
             output_names=["logits", *(f"new_state_{i}" for i in state)],
             dynamo=True,
             verbose=False,
-        ).save(folder / f"{name}.onnx")
+        )
+        assert exported is not None  # it would be, were it to write the file
+        exported.save(folder / f"{name}.onnx")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,8 @@ class MinRNNCausalConv(nn.Module):
 class MinRNNRecurrence(nn.Module):
     """in_proj -> scan -> out_proj."""
 
+    initial_state: nn.Parameter | None
+
     def __init__(self, config: MinRNNConfig):
         super().__init__()
         self.cell_type, self.backend = config.cell_type, config.scan_backend
@@ -107,8 +109,8 @@ class MinRNNRecurrence(nn.Module):
 class MinRNNMLP(nn.Module):
     def __init__(self, config: MinRNNConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)  # type: ignore[arg-type]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)  # type: ignore[arg-type]
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + self.dropout(output)
         if self.mlp is not None:
-            hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+            hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # type: ignore[misc]
 
         if past_key_values is not None:
             first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if record_past else T - 1
@@ -206,7 +208,7 @@ def _chrono_bias(config: MinRNNConfig, like: Tensor) -> Tensor:
     """Bias of in_proj such that a = exp(-1 / timescale) for an input of zero, the timescales log-uniform in
     1..max_timescale tokens (Tallec & Ollivier 2018, arXiv 1804.11188)."""
     D = config.state_size
-    timescale = torch.exp(torch.rand(D, device=like.device) * math.log(config.max_timescale))
+    timescale = torch.exp(torch.rand(D, device=like.device) * math.log(config.max_timescale))  # type: ignore[arg-type]
     remember = -torch.log(torch.expm1(1 / timescale))  # logit of a
     # minLSTM with the opposite bias on its input gate has i = 1 - f, and so a = f / (f + i) = f.
     gates = [-remember] if config.cell_type == "mingru" else [remember, -remember]
@@ -229,15 +231,15 @@ class MinRNNModel(MinRNNPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        reset_mask: torch.BoolTensor | None = None,
-        seq_idx: torch.IntTensor | None = None,
-        cu_seq_lens_q: torch.IntTensor | None = None,
+        reset_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -253,14 +255,14 @@ class MinRNNModel(MinRNNPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        shape = tuple(input_ids.shape if inputs_embeds is None else inputs_embeds.shape)
+        shape = tuple(input_ids.shape if inputs_embeds is None else inputs_embeds.shape)  # type: ignore[union-attr]
         if len(shape) != (2 if inputs_embeds is None else 3):
             raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, H), not {shape}")
         B, T = shape[:2]
         if T == 0:
             raise ValueError("the sequence is empty: input_ids must hold at least one token")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
+            inputs_embeds = self._embed(input_ids)  # type: ignore[arg-type]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         cache_layers = getattr(past_key_values, "layers", ())

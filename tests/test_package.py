@@ -1,0 +1,53 @@
+"""What is built is what is needed: a wheel in an environment of its own runs the README's first snippet."""
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+from printable_model import continuation, printable_model, save
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd):
+    process = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_the_wheel_runs_the_first_snippet_of_the_readme_where_nothing_else_of_the_project_is(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "modeling_minrnn", source / "modeling_minrnn", ignore=shutil.ignore_patterns("__pycache__"))
+
+    # The wheel is built from the source distribution, without the network.
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", cwd=source)
+    (archive,), (wheel,) = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
+    files = {f"modeling_minrnn/{path.name}" for path in (ROOT / "modeling_minrnn").iterdir() if path.is_file()}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == files
+    with tarfile.open(archive) as tar:
+        assert files | {"LICENSE", "README.md"} <= {name.partition("/")[2] for name in tar.getnames()}
+
+    # An environment of the wheel alone; what it depends on is read from this one, not installed again.
+    venv.create(tmp_path / "environment", symlinks=True)
+    python = tmp_path / "environment/bin/python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    (installed,) = (tmp_path / "environment").glob("lib/python*/site-packages")
+    (installed / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    model = printable_model()
+    save(model, tmp_path / "runs" / "demo")
+    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    output = run(python, "-I", "-c", snippet + "\nprint(modeling_minrnn.__file__)", cwd=tmp_path)
+    text, path = output.splitlines()
+    assert text == "import " + continuation(model, "import ", 100)
+    assert path == str(installed / "modeling_minrnn" / "__init__.py")
