@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.export import Dim, ExportedProgram
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from .causal_conv import causal_conv
+from .modeling_minrnn import MinRNNForCausalLM
 from .scan import NAMESPACE, minrnn_scan
 
 
 class FlatState(nn.Module):
     """A language model that takes and returns its cache as a flat sequence of tensors; no state starts anew."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: MinRNNForCausalLM):
         super().__init__()
         self.model = model
 
@@ -39,21 +40,24 @@ class FlatState(nn.Module):
 
 
 @torch.no_grad()
-def export_programs(model: PreTrainedModel) -> dict[str, ExportedProgram]:
+def export_programs(model: MinRNNForCausalLM) -> dict[str, ExportedProgram]:
     """`FlatState` of the model by torch.export, as "prefill" and "decode", for any B and any T >= 2 of a prompt.
 
     These still call this package's operators, which makes them as fast as the model.
+    Raises ValueError for a model of another class, custom code from the Hub included.
     """
-    model = FlatState(model.eval())
+    if not isinstance(model, MinRNNForCausalLM):
+        raise ValueError(f"only a MinRNNForCausalLM of this package can be exported, not {type(model)}")
+    flat = FlatState(model.eval())
     tokens = torch.zeros(2, 3, dtype=torch.long)
     prompt = (tokens, torch.ones_like(tokens))
     # The first call loads and compiles the kernels, which cannot be traced.
-    _, *state = model(*prompt)
+    _, *state = flat(*prompt)
     batch, shape = {0: Dim("batch")}, {0: Dim("batch"), 1: Dim("time", min=2)}
     return {
-        "prefill": torch.export.export(model, prompt, dynamic_shapes=(shape, shape)),
+        "prefill": torch.export.export(flat, prompt, dynamic_shapes=(shape, shape)),
         "decode": torch.export.export(
-            model, (tokens[:, :1], None, *state), dynamic_shapes=(batch, None, (batch,) * len(state))
+            flat, (tokens[:, :1], None, *state), dynamic_shapes=(batch, None, (batch,) * len(state))
         ),
     }
 
@@ -89,16 +93,17 @@ DECOMPOSITIONS = {
 
 
 @torch.no_grad()  # or the scan would be traced with its derivative
-def export_onnx(model: PreTrainedModel, folder: str | Path) -> None:
+def export_onnx(model: MinRNNForCausalLM, folder: str | Path) -> None:
     """Write prefill.onnx and decode.onnx into `folder`; each holds all the weights.
 
-    Raises FileExistsError if the folder exists and is not empty.
+    Raises FileExistsError if the folder exists and is not empty, ValueError as `export_programs`.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another folder")
+    programs = export_programs(model)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, program in export_programs(model).items():
+    for name, program in programs.items():
         state = range(2 * model.config.num_hidden_layers)
         inputs = ["input_ids", *(["attention_mask"] if name == "prefill" else [f"state_{i}" for i in state])]
         exported = torch.onnx.export(
@@ -112,12 +117,19 @@ def export_onnx(model: PreTrainedModel, folder: str | Path) -> None:
         exported.save(folder / f"{name}.onnx")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description="Export a MinRNN language model to ONNX.")
     parser.add_argument("model", help="a model folder or a repository id")
     parser.add_argument("folder", help="a new folder for prefill.onnx, decode.onnx, tokenizer and configuration")
-    arguments = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    export_onnx(model, arguments.folder)
-    AutoTokenizer.from_pretrained(arguments.model).save_pretrained(arguments.folder)
-    model.generation_config.save_pretrained(arguments.folder)
+    options = parser.parse_args()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        export_onnx(model, options.folder)
+        AutoTokenizer.from_pretrained(options.model).save_pretrained(options.folder)
+        model.generation_config.save_pretrained(options.folder)
+    except (OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

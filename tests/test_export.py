@@ -1,15 +1,18 @@
 """Exported programs compute what the model does, for any batch and time, and write the same text."""
 
 import itertools
+import re
+import sys
 
 import onnx
 import pytest
 import torch
 from onnxruntime import InferenceSession
 from small_models import CELLS, SHAPES, WrittenOut, assert_close, random_ids, small_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.onnx_stream import generate
-from modeling_minrnn.export import export_onnx, export_programs
+from modeling_minrnn.export import export_onnx, export_programs, main
 
 # torch.export says so of its own tree specifications when it copies them.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
@@ -90,8 +93,20 @@ def test_onnx_files_need_no_operators_but_those_of_onnx(exported):
         assert {imported.domain for imported in onnx.load(path).opset_import} == {""}
 
 
-def test_a_folder_that_holds_something_is_refused(tmp_path):
-    (tmp_path / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(FileExistsError, match="is not empty: choose another folder$"):
-        export_onnx(model_of("mingru"), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    model_of("mingru").save_pretrained(tmp_path / "model")
+    LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    ).save_pretrained(tmp_path / "llama")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("irreplaceable")
+    for model, folder, message in (
+        ("model", "full", "full is not empty: choose another folder"),
+        ("llama", "new", "only a MinRNNForCausalLM of this package can be exported, not .*LlamaForCausalLM"),
+        ("absent", "new", "absent"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / model), str(tmp_path / folder)])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert re.search(f"error: .*{message}", capsys.readouterr().err.splitlines()[-1])
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"] and not (tmp_path / "new").exists()
