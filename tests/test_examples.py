@@ -11,6 +11,8 @@ import torch
 from printable_model import continuation, printable_model, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from training.tokenizers import byte_tokenizer
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -50,6 +52,8 @@ def test_chat_answers_from_its_state_what_a_model_answers_that_reads_the_whole_t
     assert first == continuation(model, transcript, 20)
     transcript += f"{first}<eos>user: and then?<eos>assistant: "
     assert second == continuation(model, transcript, 20)
+    assert second != continuation(model, "user: and then?<eos>assistant: ", 20)  # the first turn matters
+    assert second_size.startswith(f"[{len(byte_tokenizer()(transcript).input_ids) + 20} tokens ")
     kept = 4 * 2 * (21 + 3 * 14)  # bytes of float32, layers, channels of the state and of three tokens
     assert first_size.endswith(f" tokens in a state of {kept / 1000:.1f} kB]")
     assert second_size.split(" in ")[1] == first_size.split(" in ")[1]

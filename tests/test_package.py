@@ -1,5 +1,6 @@
 """What is built is what is needed: a wheel in an environment of its own runs the README's first snippet."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command, cwd):
-    process = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    process = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
