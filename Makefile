@@ -1,5 +1,6 @@
 # make train   install into .venv, train configs/demo.yaml (minutes on two CPU cores), complete a prompt
-# make test    lint, types and all tests, on two cores
+# make test    lint, types and all tests but those below, on two cores
+# make conformance   transformers' own tests of a model, those of FSDP among them, which take minutes
 # Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
 
 PYTHON ?= python3
@@ -15,7 +16,10 @@ train: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not is_fsdp_test" $(ARGS)
+
+conformance: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/conformance $(ARGS)
 
 # torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
 .venv/installed: pyproject.toml constraints.txt
@@ -24,4 +28,4 @@ test: .venv/installed
 	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,serving,trackers,dev]'
 	touch $@
 
-.PHONY: train test
+.PHONY: train test conformance
