@@ -25,7 +25,7 @@ conformance: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt torch
-	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,serving,trackers,dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,serving,ecosystem,trackers,dev]'
 	touch $@
 
 .PHONY: train test conformance

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+import sys
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -10,6 +11,9 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .scan import BACKENDS, GATES
+
+# What PEFT adapts where its configuration names no modules: every Linear of the layers.
+LORA_TARGET_MODULES = ["in_proj", "out_proj", "up_proj", "down_proj"]
 
 
 def raise_value_errors(config_class):
@@ -111,6 +115,15 @@ class MinRNNConfig(PreTrainedConfig):
         if saved != cls.model_type:
             raise ValueError(f"this is a checkpoint of model_type {saved!r}, not {cls.model_type!r}")
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        """As in transformers."""
+        # PEFT finds default targets in a table of its own, by the model_type in this dict. It has no hook for models
+        # outside it, and may be imported after this module and after the model was made: only here is it in time.
+        if "peft.utils.constants" in sys.modules:
+            table = sys.modules["peft.utils.constants"].TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            table.setdefault(self.model_type, LORA_TARGET_MODULES)
+        return super().to_dict()
 
     @property
     def state_size(self) -> int:
