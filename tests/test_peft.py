@@ -55,7 +55,8 @@ assert ("modeling_minrnn" in sys.modules) == (sys.argv[2] == "package")
 from peft import LoraConfig, get_peft_model
 
 model = get_peft_model(model, LoraConfig())
-print(sorted({name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}))
+adapted = [name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name]
+print(sorted({name.rpartition(".")[2] for name in adapted}))
 """
 
 
