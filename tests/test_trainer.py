@@ -1,6 +1,7 @@
 """The model under transformers' own Trainer, and split over processes."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -81,23 +82,61 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(folder, trainer):
     assert resumed.state.log_history[:-1] == run.state.log_history[:-1]  # the last one is of times
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(trainer):
-    # Rows with different numbers of labels: a mean of means would weigh them differently.
+def unevenly_labelled():
+    """Rows with different numbers of labels: a mean of means would weigh them differently."""
     ids = random_ids(16, 9)
     labels = ids.masked_fill(torch.arange(9) <= torch.arange(16)[:, None] % 8, -100)
-    dataset = [{"input_ids": row, "labels": row_labels} for row, row_labels in zip(ids, labels)]
-    settings = {"optim": "sgd", "max_steps": 3}
-    runs = [
-        trainer(small_model(), dataset, per_device_train_batch_size=4, **settings),
-        trainer(small_model(), dataset, per_device_train_batch_size=1, gradient_accumulation_steps=4, **settings),
-    ]
-    start = copy.deepcopy(runs[0].model)
-    for run in runs:
-        run.train()
-    for name, parameter in runs[0].model.named_parameters():
+    return [{"input_ids": row, "labels": row_labels} for row, row_labels in zip(ids, labels)]
+
+
+def assert_same_training(model, expected, start):
+    """Equal to a ten-thousandth of the way that each parameter went."""
+    for name, parameter in expected.named_parameters():
         moved = (parameter - start.get_parameter(name)).norm()
         assert moved > 0, name
-        assert (parameter - runs[1].model.get_parameter(name)).norm() < 1e-4 * moved, name
+        assert (parameter - model.get_parameter(name)).norm() < 1e-4 * moved, name
+
+
+WAYS = {
+    "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    "checkpointed": {"gradient_checkpointing": True},
+    # aot_eager traces forward and backward as every backend does; inductor would go on to compile C++ for minutes.
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # by its older name
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("cell_type", CELLS)
+def test_training_in_other_ways_gives_the_same_weights(cell_type, way, trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments sets it for the whole process
+    start = small_model(cell_type)
+    settings = {"optim": "sgd", "max_steps": 3}
+    runs = [trainer(copy.deepcopy(start), unevenly_labelled(), **settings | way) for way in ({}, WAYS[way])]
+    for run in runs:
+        run.train()
+    assert_same_training(runs[1].model, runs[0].model, start)
+
+
+def test_documents_grouped_by_length_keep_their_losses(trainer):
+    model = small_model(vocab_size=258)
+    dataset = [{"input_ids": row["input_ids"][i % 11 :]} for i, row in enumerate(tokens())]
+    batches = []
+
+    def collator(rows):
+        batches.append([torch.tensor(row["input_ids"]) for row in rows])
+        return PADDED(rows)
+
+    settings = {"train_sampling_strategy": "group_by_length", "learning_rate": 0.0, "max_steps": 16}
+    run = trainer(model, dataset, collator, **settings)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    for batch, loss in zip(batches, losses, strict=True):
+        with torch.no_grad():
+            alone = sum(model(ids[None], labels=ids[None], num_items_in_batch=1).loss for ids in batch)
+        assert loss == pytest.approx(alone.item() / sum(len(ids) - 1 for ids in batch), rel=1e-5)
+    padding = sum(len(batch) * max(map(len, batch)) - sum(map(len, batch)) for batch in batches)
+    assert padding < 0.15 * sum(len(row["input_ids"]) for row in dataset)  # in the order of the data 0.23
 
 
 def test_trainer_predicts_without_returning_states(trainer):
@@ -112,7 +151,54 @@ def test_trainer_predicts_without_returning_states(trainer):
     torch.testing.assert_close(torch.tensor(prediction.predictions), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- Tensor parallelism
+# ---- Two processes
+
+
+@pytest.fixture
+def torchrun(tmp_path, pytestconfig):
+    def torchrun(script, *arguments):
+        """Run a script in two processes of one gloo group."""
+        (tmp_path / "script.py").write_text(script)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        process = subprocess.run(
+            [*command, tmp_path / "script.py", *arguments],
+            env=os.environ | {"PYTHONPATH": str(pytestconfig.rootpath)},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+
+    return torchrun
+
+
+DATA_PARALLEL = """
+import sys, torch
+import modeling_minrnn
+from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
+
+folder = sys.argv[1]
+torch.set_num_threads(1)
+[arguments] = HfArgumentParser(TrainingArguments).parse_json_file(folder + "/arguments.json")
+assert arguments.world_size == 2
+rows = torch.load(folder + "/rows.pt")
+run = Trainer(AutoModelForCausalLM.from_pretrained(folder + "/start"), arguments, train_dataset=rows)
+run.train()
+run.save_model(folder + "/trained")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one_does_with_the_batch_of_both(trainer, torchrun, tmp_path):
+    start, rows = small_model(), unevenly_labelled()
+    run = trainer(copy.deepcopy(start), rows, optim="sgd", max_steps=3, train_sampling_strategy="sequential")
+    arguments = run.args.to_dict() | {"per_device_train_batch_size": run.args.per_device_train_batch_size // 2}
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    torch.save(rows, tmp_path / "rows.pt")
+    start.save_pretrained(tmp_path / "start")
+    torchrun(DATA_PARALLEL, tmp_path)
+    run.train()
+    assert_same_training(AutoModelForCausalLM.from_pretrained(tmp_path / "trained"), run.model, start)
+
 
 SPLIT = """
 import sys, torch
@@ -133,21 +219,13 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_models_split_over_two_processes_give_the_same_logits(tmp_path, pytestconfig):
+def test_models_split_over_two_processes_give_the_same_logits(torchrun, tmp_path):
     ids = random_ids(2, 9)
     torch.save(ids, tmp_path / "ids.pt")
-    (tmp_path / "split.py").write_text(SPLIT)
     models = {tmp_path / cell_type: small_model(cell_type, max_timescale=20) for cell_type in CELLS}
     for folder, model in models.items():
         model.save_pretrained(folder)
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [tmp_path / "split.py", tmp_path / "ids.pt", *models],
-        env=os.environ | {"PYTHONPATH": str(pytestconfig.rootpath)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
+    torchrun(SPLIT, tmp_path / "ids.pt", *models)
     for folder, model in models.items():
         logits, sizes = torch.load(folder / "output.pt")
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
