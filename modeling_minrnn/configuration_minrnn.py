@@ -36,7 +36,8 @@ def raise_value_errors(config_class):
 class MinRNNConfig(PreTrainedConfig):
     """Shape and behaviour of a MinRNN model, minGRU or minLSTM (arXiv 2410.01201).
 
-    Each layer is `x + conv(x)`, then `x + rnn(norm(x))`, then `x + mlp(norm(x))`.
+    Each layer is `x + conv(x)`, then `x + rnn(norm(x))`, then `x + mlp(norm(x))`. In a bidirectional one, `conv` and
+    `rnn` are sums of what two of them make of the sequence, one reading it from its start and one from its end.
 
     Args:
         vocab_size: tokens in the vocabulary.
@@ -51,12 +52,14 @@ class MinRNNConfig(PreTrainedConfig):
         dropout: probability, on the embeddings and on what the RNN and the MLP add to the residual stream.
         learned_initial_state: train the state that every sequence starts from, and that every reset returns to,
             instead of zero.
+        bidirectional: read each sequence in both directions, as an encoder does; such a model has no cache and cannot
+            generate.
         max_timescale: None, or chrono initialisation (Tallec & Ollivier 2018): a bias on the gates such that the
             memory of the channels, 1 / -log(a), is at first log-uniform in 1..max_timescale tokens.
         initializer_range: standard deviation of the initial weights; projections into the residual stream start at
             initializer_range / sqrt(2 num_hidden_layers).
         tie_word_embeddings: one matrix for the embedding and the language-model head.
-        use_cache: return the recurrent state from forward passes.
+        use_cache: return the recurrent state from forward passes; None for True, or False where bidirectional.
         scan_backend: how the recurrence is computed, see `scan.minrnn_scan`.
 
     Raises:
@@ -65,12 +68,6 @@ class MinRNNConfig(PreTrainedConfig):
 
     model_type = "minrnn"
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
-        "embed_tokens": "embedding_rowwise",
-        "layers.*.rnn.in_proj": "colwise_gather_output",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "padding_mask"], ["hidden_states"]),
@@ -88,10 +85,11 @@ class MinRNNConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     dropout: int | float = 0.0
     learned_initial_state: bool = False
+    bidirectional: bool = False
     max_timescale: int | float | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    use_cache: bool = True
+    use_cache: bool | None = None
     scan_backend: str = "auto"
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -106,6 +104,8 @@ class MinRNNConfig(PreTrainedConfig):
                 raise ValueError(f"MinRNNConfig has no field {name!r}; did you mean {nearest[0]!r}?")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.use_cache is None:
+            self.use_cache = not self.bidirectional
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -129,6 +129,19 @@ class MinRNNConfig(PreTrainedConfig):
     def state_size(self) -> int:
         """D, channels of recurrent state in each layer."""
         return round(self.hidden_size * self.expansion_factor)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the modules that there are."""
+        plan = {
+            "embed_tokens": "embedding_rowwise",
+            "layers.*.rnn.in_proj": "colwise_gather_output",
+            "layers.*.mlp.up_proj": "colwise",
+            "layers.*.mlp.down_proj": "rowwise",
+        }
+        if self.bidirectional:
+            plan["layers.*.reverse_rnn.in_proj"] = plan["layers.*.rnn.in_proj"]
+        return plan
 
     @property
     def layer_types(self) -> list[str]:
@@ -155,6 +168,8 @@ class MinRNNConfig(PreTrainedConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.bidirectional and self.use_cache:
+            raise ValueError("use_cache must be False where bidirectional is True: there is no state to go on from")
         if self.max_timescale is not None and not 1 <= self.max_timescale < math.inf:
             raise ValueError(f"max_timescale must be None or a number of tokens >= 1, not {self.max_timescale}")
         for name, known in (("cell_type", GATES), ("scan_backend", BACKENDS), ("hidden_act", ACT2FN)):

@@ -1,4 +1,4 @@
-"""MinRNN models for transformers: minGRU and minLSTM (arXiv 2410.01201) as language models and classifiers.
+"""MinRNN models for transformers: minGRU and minLSTM (arXiv 2410.01201) as language models and encoders.
 
 B batch, T time, H hidden size, D state width, K convolution kernel size. A batch goes through MinRNNForCausalLM ->
 MinRNNModel -> MinRNNDecoderLayer -> `causal_conv` and `minrnn_scan`. Generation takes the same way with T = 1, and
@@ -118,15 +118,22 @@ class MinRNNMLP(nn.Module):
 
 
 class MinRNNDecoderLayer(GradientCheckpointingLayer):
-    """x + conv(x), then x + rnn(norm(x)), then x + mlp(norm(x))."""
+    """x + conv(x), then x + rnn(norm(x)), then x + mlp(norm(x)).
+
+    With config.bidirectional, `reverse_conv` and `reverse_rnn` read the same x from its end and add to the same sums.
+    """
 
     def __init__(self, config: MinRNNConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
+        self.bidirectional = config.bidirectional
         self.window_size = max(config.conv_kernel_size - 1, 0)
         self.conv = MinRNNCausalConv(config) if config.conv_kernel_size else None
         self.rnn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rnn = MinRNNRecurrence(config)
+        if self.bidirectional:
+            self.reverse_conv = MinRNNCausalConv(config) if config.conv_kernel_size else None
+            self.reverse_rnn = MinRNNRecurrence(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
         self.mlp = MinRNNMLP(config) if config.intermediate_size else None
         self.dropout = nn.Dropout(config.dropout)
@@ -138,7 +145,9 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         reset_mask: Tensor | None = None,
         taps: Tensor | None = None,
         past_key_values: Cache | None = None,
+        reverse_masks: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
     ) -> Tensor:
+        """reverse_masks: padding_mask, reset_mask and taps of the sequence read from its end."""
         B, T, H = hidden_states.shape
         state = self.rnn.start(B, hidden_states)
         window = hidden_states.new_zeros(B, self.window_size, H)
@@ -149,11 +158,17 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
 
         conv_input = hidden_states
         if self.conv is not None:
-            hidden_states = hidden_states + self.conv(hidden_states, window, taps)
+            hidden_states = hidden_states + self.conv(conv_input, window, taps)
+            if self.bidirectional:
+                hidden_states = hidden_states + self.reverse_conv(conv_input.flip(1), window, reverse_masks[2]).flip(1)
         # A state to go back to must be as exact as the final one, whatever the dtype of the model.
-        output, states, final_state = self.rnn(
-            self.rnn_norm(hidden_states), state, reset_mask, padding_mask, exact_states=record_past
-        )
+        rnn_input = self.rnn_norm(hidden_states)
+        output, states, final_state = self.rnn(rnn_input, state, reset_mask, padding_mask, exact_states=record_past)
+        if self.bidirectional:
+            reverse_padding_mask, reverse_reset_mask, _ = reverse_masks
+            start = self.reverse_rnn.start(B, rnn_input)
+            reverse_output, *_ = self.reverse_rnn(rnn_input.flip(1), start, reverse_reset_mask, reverse_padding_mask)
+            output = output + reverse_output.flip(1)
         hidden_states = hidden_states + self.dropout(output)
         if self.mlp is not None:
             hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # type: ignore[misc]
@@ -248,7 +263,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             attention_mask: (B, >= T), 0 for padding, anywhere in the sequence; its last T columns belong to input_ids.
                 The outputs and the state are those of the sequence without its padding.
             past_key_values: the state to go on from, as returned by an earlier call; updated in place.
-            use_cache: return the state.
+            use_cache: return the state; like past_key_values, not for a bidirectional model.
             reset_mask, seq_idx, cu_seq_lens_q, position_ids: where documents begin in a packed row, in this order of
                 precedence: (B, T) True at their first tokens; (B, T) number of the document; (documents + 1,)
                 boundaries in a batch of one row; (B, T), restarting at 0. Nothing is carried from one to the next.
@@ -263,6 +278,11 @@ class MinRNNModel(MinRNNPreTrainedModel):
             raise ValueError("the sequence is empty: input_ids must hold at least one token")
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids)  # type: ignore[arg-type]
+        if self.config.bidirectional and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "a bidirectional model reads whole sequences and has no state to go on from: pass use_cache=False and "
+                "no past_key_values"
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         cache_layers = getattr(past_key_values, "layers", ())
@@ -277,10 +297,20 @@ class MinRNNModel(MinRNNPreTrainedModel):
         padding_mask = _padding_mask(attention_mask, B, T)
         reset_mask = _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B, T)
         taps = conv_taps(self.config.conv_kernel_size, reset_mask, padding_mask)
+        reverse_masks = None
+        if self.config.bidirectional:
+            reverse_masks = _reverse_masks(padding_mask, reset_mask, self.config.conv_kernel_size)
 
         hidden_states = self.dropout(inputs_embeds)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, padding_mask, reset_mask, taps, past_key_values=past_key_values)
+            hidden_states = layer(
+                hidden_states,
+                padding_mask,
+                reset_mask,
+                taps,
+                past_key_values=past_key_values,
+                reverse_masks=reverse_masks,
+            )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
@@ -334,6 +364,15 @@ def _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, 
     return _none_if_empty(None if reset_mask is None else reset_mask.expand(B, T))
 
 
+def _reverse_masks(padding_mask: Tensor | None, reset_mask: Tensor | None, kernel_size: int):
+    """padding_mask, reset_mask and taps of the sequence read from its end: documents begin at their last tokens."""
+    if padding_mask is not None:
+        padding_mask = padding_mask.flip(1)
+    if reset_mask is not None:
+        reset_mask = torch.nn.functional.pad(reset_mask[:, 1:], (0, 1)).flip(1)
+    return padding_mask, reset_mask, conv_taps(kernel_size, reset_mask, padding_mask)
+
+
 class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
     """MinRNNModel with a language-model head."""
 
@@ -355,6 +394,14 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
             return None
         # `contiguous` would keep the strides of the longer mask in a batch of one, for which any strides will do.
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+
+    def generate(self, *args, **kwargs):
+        """As in transformers. Raises ValueError for a bidirectional model."""
+        if self.config.bidirectional:
+            raise ValueError(
+                "a bidirectional model cannot generate: each of its outputs depends on the tokens after it"
+            )
+        return super().generate(*args, **kwargs)
 
     @can_return_tuple
     def forward(

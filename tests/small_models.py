@@ -90,26 +90,35 @@ class WrittenOut:
         return hidden_states[-1] @ self.weights["lm_head.weight"].T, hidden_states, cache
 
     def layer(self, x, name):
-        w, K = self.weights, self.config.conv_kernel_size
-        before = torch.cat([x.new_zeros(max(K - 1, 0), x.shape[1]), x])
-        window = before[len(x) :]
-        if K:
-            x = x + sum(before[k : k + len(x)] * w[name + "conv.weight"][:, k] for k in range(K))
-        states, state = self.recurrence(self.norm(x, name + "rnn_norm.weight"), name + "rnn.")
-        x = x + states @ w[name + "rnn.out_proj.weight"].T
+        w = self.weights
+        x, window = self.add(self.conv, x, x, name, "conv.")
+        x, state = self.add(self.recurrence, x, self.norm(x, name + "rnn_norm.weight"), name, "rnn.")
         if self.config.intermediate_size:
             inner = self.norm(x, name + "mlp_norm.weight") @ w[name + "mlp.up_proj.weight"].T
             x = x + getattr(F, self.config.hidden_act)(inner) @ w[name + "mlp.down_proj.weight"].T
         return x, state, window
 
+    def add(self, function, x, argument, layer, name):
+        """x and what a function makes of its argument, forwards and, with the weights for it, backwards."""
+        output, kept = function(argument, layer + name)
+        if self.config.bidirectional:
+            output = output + function(argument.flip(0), f"{layer}reverse_{name}")[0].flip(0)
+        return x + output, kept
+
+    def conv(self, x, name):
+        K = self.config.conv_kernel_size
+        before = torch.cat([x.new_zeros(max(K - 1, 0), x.shape[1]), x])
+        taps = [before[k : k + len(x)] * self.weights[name + "weight"][:, k] for k in range(K)]
+        return sum(taps, torch.zeros_like(x)), before[len(x) :]
+
     def recurrence(self, x, name):
         w, D = self.weights, self.config.state_size
         start = w.get(name + "initial_state", x.new_zeros(D))
         if len(x) == 0:
-            return x.new_zeros(0, D), start
+            return x, start
         projected = x @ w[name + "in_proj.weight"].T + w.get(name + "in_proj.bias", 0)
         states, state = oracle.scan(projected[None], self.config.cell_type, start[None])
-        return states[0], state[0]
+        return states[0] @ w[name + "out_proj.weight"].T, state[0]
 
     def norm(self, x, name):
         return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[name]
