@@ -4,6 +4,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -11,6 +13,8 @@ from transformers import (
 from .configuration_minrnn import MinRNNConfig
 from .modeling_minrnn import (
     MinRNNForCausalLM,
+    MinRNNForMaskedLM,
+    MinRNNForQuestionAnswering,
     MinRNNForSequenceClassification,
     MinRNNForTokenClassification,
     MinRNNModel,
@@ -23,12 +27,16 @@ __version__ = "0.1.0"
 AutoConfig.register("minrnn", MinRNNConfig)
 AutoModel.register(MinRNNConfig, MinRNNModel)
 AutoModelForCausalLM.register(MinRNNConfig, MinRNNForCausalLM)
+AutoModelForMaskedLM.register(MinRNNConfig, MinRNNForMaskedLM)
+AutoModelForQuestionAnswering.register(MinRNNConfig, MinRNNForQuestionAnswering)
 AutoModelForSequenceClassification.register(MinRNNConfig, MinRNNForSequenceClassification)
 AutoModelForTokenClassification.register(MinRNNConfig, MinRNNForTokenClassification)
 
 __all__ = [
     "MinRNNConfig",
     "MinRNNForCausalLM",
+    "MinRNNForMaskedLM",
+    "MinRNNForQuestionAnswering",
     "MinRNNForSequenceClassification",
     "MinRNNForTokenClassification",
     "MinRNNModel",

@@ -17,6 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -44,8 +46,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_minrnn.MinRNNConfig",
     "AutoModel": "modeling_minrnn.MinRNNModel",
     "AutoModelForCausalLM": "modeling_minrnn.MinRNNForCausalLM",
+    "AutoModelForMaskedLM": "modeling_minrnn.MinRNNForMaskedLM",
     "AutoModelForSequenceClassification": "modeling_minrnn.MinRNNForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_minrnn.MinRNNForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_minrnn.MinRNNForQuestionAnswering",
 }
 
 
@@ -373,8 +377,8 @@ def _reverse_masks(padding_mask: Tensor | None, reset_mask: Tensor | None, kerne
     return padding_mask, reset_mask, conv_taps(kernel_size, reset_mask, padding_mask)
 
 
-class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
-    """MinRNNModel with a language-model head."""
+class MinRNNLanguageModel(MinRNNPreTrainedModel):
+    """MinRNNModel with a linear head over the vocabulary: what predicting the next and a masked token share."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -386,6 +390,10 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
+    """A language model: each token is predicted from those before it."""
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
@@ -444,8 +452,36 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         )
 
 
+class MinRNNForMaskedLM(MinRNNLanguageModel):
+    """A masked language model: each token is predicted from all that are given, with `config.bidirectional` on both
+    sides of it."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            labels: (B, T) the token ids behind the masks, -100 where there is no loss.
+
+        The other arguments are those of MinRNNModel.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
 class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
-    """MinRNNModel with a linear head on the last real token."""
+    """MinRNNModel with a linear head on the last real token, which has seen all; of a bidirectional model, on the mean
+    of all real tokens, since its last one has seen the others from one side only."""
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
@@ -484,11 +520,15 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         B, T = hidden_states.shape[:2]
-        last = torch.full((B,), T - 1, device=hidden_states.device)
+        real = hidden_states.new_ones(B, T, dtype=torch.bool)
         if attention_mask is not None:
             real = attention_mask[:, -T:].to(hidden_states.device) != 0
+        if self.config.bidirectional:
+            pooled = (hidden_states * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        else:
             last = (real * torch.arange(T, device=hidden_states.device)).argmax(-1)
-        logits = self.score(hidden_states[torch.arange(B, device=hidden_states.device), last])
+            pooled = hidden_states[torch.arange(B, device=hidden_states.device), last]
+        logits = self.score(pooled)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config, **kwargs)
@@ -534,6 +574,47 @@ class MinRNNForTokenClassification(MinRNNPreTrainedModel):
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
+class MinRNNForQuestionAnswering(MinRNNPreTrainedModel):
+    """MinRNNModel with two linear heads on every token: whether the answer starts, and whether it ends there."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.model = MinRNNModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """
+        Args:
+            start_positions, end_positions: (B,) the first and the last token of the answer; T or more for none. There
+                is a loss where both are given, the mean of those of the two.
+
+        The other arguments are those of MinRNNModel. Logits of padding are the lowest number there is: no share of
+        the probability goes there, and the loss is that of the sequence without its padding.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        if attention_mask is not None:
+            padding = attention_mask[:, -logits.shape[1] :].to(logits.device) == 0
+            logits = logits.masked_fill(padding[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
+        )
+
+
 # Saving a model copies this code beside the weights.
 for _auto_class, _path in AUTO_MAP.items():
     globals()[_path.split(".")[1]].register_for_auto_class(_auto_class)
@@ -542,6 +623,8 @@ __all__ = [
     "MinRNNPreTrainedModel",
     "MinRNNModel",
     "MinRNNForCausalLM",
+    "MinRNNForMaskedLM",
     "MinRNNForSequenceClassification",
     "MinRNNForTokenClassification",
+    "MinRNNForQuestionAnswering",
 ]

@@ -26,7 +26,13 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import modeling_minrnn
-from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM, MinRNNForSequenceClassification, MinRNNModel
+from modeling_minrnn import (
+    MinRNNConfig,
+    MinRNNForCausalLM,
+    MinRNNForMaskedLM,
+    MinRNNForSequenceClassification,
+    MinRNNModel,
+)
 from modeling_minrnn.modeling_minrnn import AUTO_MAP
 from training.tokenizers import byte_tokenizer
 
@@ -55,15 +61,12 @@ import json, sys
 folder, copy, *absent = sys.argv[1:]
 sys.modules.update(dict.fromkeys(absent))  # importing these is an ImportError
 
-import torch
-from transformers import (
-    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
-    AutoTokenizer, pipeline,
-)
+import torch, transformers
+from transformers import AutoTokenizer, pipeline
 
 torch.set_num_threads(1)
-classes = AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
-models = [auto.from_pretrained(folder, trust_remote_code=True) for auto in classes]
+classes = [getattr(transformers, name) for name in json.load(open(folder + "/config.json"))["auto_map"]]
+models = [auto.from_pretrained(folder, trust_remote_code=True) for auto in classes[1:]]
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ids = tokenizer("def main(", return_tensors="pt")
 settings = {"max_new_tokens": 20, "do_sample": False}
@@ -110,7 +113,7 @@ def test_a_saved_model_loads_without_the_package_and_saves_itself_again(tmp_path
     again = tmp_path / "again"
     for source, target, absent in ((folder, again, ()), (again, tmp_path / "third", ("numba", "triton"))):
         result = in_a_fresh_process(source, target, *absent)
-        assert result["classes"] == [path.split(".")[1] for path in list(AUTO_MAP.values())[1:]]
+        assert result["classes"] == [path.split(".")[1] for _, path in sorted(AUTO_MAP.items())][1:]
         assert result["packages"] == ["transformers_modules"] and result["absent"] == []
         assert_close(torch.tensor(result["hidden"]), model.model(**ids).last_hidden_state.flatten())
         assert result["greedy"] == result["static"] == expected
@@ -122,7 +125,7 @@ def test_a_saved_model_loads_without_the_package_and_saves_itself_again(tmp_path
 
 
 def test_a_saved_model_of_any_class_holds_its_code_and_names_every_class(tmp_path):
-    for model_class in (MinRNNModel, MinRNNForCausalLM, MinRNNForSequenceClassification):
+    for model_class in (MinRNNModel, MinRNNForCausalLM, MinRNNForMaskedLM, MinRNNForSequenceClassification):
         folder = tmp_path / model_class.__name__
         small_model(model_class=model_class).save_pretrained(folder)
         assert {path.name for path in folder.glob("*.py")} == CODE
