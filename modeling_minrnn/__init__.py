@@ -21,6 +21,7 @@ from .modeling_minrnn import (
     MinRNNPreTrainedModel,
 )
 from .scan import minrnn_scan
+from .state_file import load_state, save_state
 
 __version__ = "0.1.0"
 
@@ -41,5 +42,7 @@ __all__ = [
     "MinRNNForTokenClassification",
     "MinRNNModel",
     "MinRNNPreTrainedModel",
+    "load_state",
     "minrnn_scan",
+    "save_state",
 ]
