@@ -47,6 +47,7 @@ class MinRNNConfig(PreTrainedConfig):
         expansion_factor: width of the recurrent state D / H; D must come out as an integer.
         conv_kernel_size: tokens that the causal depthwise convolution sees, itself included; 0 for no convolution.
         intermediate_size: width of the MLP; None for 4 H, 0 for no MLP.
+        mlp_bias: biases in the MLP.
         hidden_act: activation of the MLP, a name from `transformers.activations.ACT2FN`.
         rms_norm_eps: added to the mean square in the norms.
         dropout: probability, on the embeddings and on what the RNN and the MLP add to the residual stream.
@@ -81,6 +82,7 @@ class MinRNNConfig(PreTrainedConfig):
     expansion_factor: int | float = 1
     conv_kernel_size: int = 4
     intermediate_size: int | None = None
+    mlp_bias: bool = False
     hidden_act: str = "gelu"
     rms_norm_eps: float = 1e-6
     dropout: int | float = 0.0

@@ -113,8 +113,8 @@ class MinRNNRecurrence(nn.Module):
 class MinRNNMLP(nn.Module):
     def __init__(self, config: MinRNNConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)  # type: ignore[arg-type]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)  # type: ignore[arg-type]
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ SHAPES = (
      "conv_kernel_size": 1},
     {"hidden_size": 6, "num_hidden_layers": 2, "expansion_factor": 2.5, "learned_initial_state": True,
      "conv_kernel_size": 3, "max_timescale": 9, "intermediate_size": 5, "hidden_act": "silu",
-     "tie_word_embeddings": False},
+     "mlp_bias": True, "tie_word_embeddings": False},
 )  # fmt: skip
 
 # Relative L2 error that rounding may leave. The worst seen: 2e-15; 5e-7 in states and logits, 1.4e-6 in gradients.
@@ -90,12 +90,11 @@ class WrittenOut:
         return hidden_states[-1] @ self.weights["lm_head.weight"].T, hidden_states, cache
 
     def layer(self, x, name):
-        w = self.weights
         x, window = self.add(self.conv, x, x, name, "conv.")
         x, state = self.add(self.recurrence, x, self.norm(x, name + "rnn_norm.weight"), name, "rnn.")
         if self.config.intermediate_size:
-            inner = self.norm(x, name + "mlp_norm.weight") @ w[name + "mlp.up_proj.weight"].T
-            x = x + getattr(F, self.config.hidden_act)(inner) @ w[name + "mlp.down_proj.weight"].T
+            inner = self.linear(self.norm(x, name + "mlp_norm.weight"), name + "mlp.up_proj.")
+            x = x + self.linear(getattr(F, self.config.hidden_act)(inner), name + "mlp.down_proj.")
         return x, state, window
 
     def add(self, function, x, argument, layer, name):
@@ -116,9 +115,12 @@ class WrittenOut:
         start = w.get(name + "initial_state", x.new_zeros(D))
         if len(x) == 0:
             return x, start
-        projected = x @ w[name + "in_proj.weight"].T + w.get(name + "in_proj.bias", 0)
+        projected = self.linear(x, name + "in_proj.")
         states, state = oracle.scan(projected[None], self.config.cell_type, start[None])
         return states[0] @ w[name + "out_proj.weight"].T, state[0]
+
+    def linear(self, x, name):
+        return x @ self.weights[name + "weight"].T + self.weights.get(name + "bias", 0)
 
     def norm(self, x, name):
         return x / (x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt() * self.weights[name]

@@ -239,7 +239,7 @@ torch.distributed.destroy_process_group()
 def test_a_model_split_over_two_processes_gives_the_same_output(tmp_path, pytestconfig):
     torch.save(IDS, tmp_path / "ids.pt")
     (tmp_path / "split.py").write_text(SPLIT)
-    models = {tmp_path / cell_type: encoder(cell_type, max_timescale=20).model for cell_type in CELLS}
+    models = {tmp_path / cell_type: encoder(cell_type, max_timescale=20, mlp_bias=True).model for cell_type in CELLS}
     for folder, model in models.items():
         model.save_pretrained(folder)
     process = subprocess.run(

@@ -63,6 +63,7 @@ def error(**fields):
         ("tie_word_embeddings", "no"),
         ("use_cache", "no"),
         ("bidirectional", None),
+        ("mlp_bias", "yes"),
         ("cell_type", "gru"),
         ("cell_type", "MinGRU"),
         ("cell_type", None),

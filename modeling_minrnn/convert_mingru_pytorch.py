@@ -1,0 +1,93 @@
+"""Language models of the package minGRU-pytorch (PyPI, version 0.2.1) as MinRNN models with the same logits."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from .configuration_minrnn import MinRNNConfig
+from .modeling_minrnn import MinRNNForCausalLM
+from .scan import GATES
+
+PROJECTIONS = {"mingru": "to_hidden_and_gate", "minlstm": "to_hidden_and_f_i_gate"}
+CONVOLUTION = re.compile(r"layers\.\d+\.0\.net\.")
+
+
+def convert_mingru_pytorch(state_dict: dict[str, Tensor]) -> MinRNNForCausalLM:
+    """The model, in evaluation mode, with the weights of a `minGRU_pytorch.minLM.minLM`, and so with its logits.
+
+        model = convert_mingru_pytorch(torch.load("model.pt"))
+        model.save_pretrained(folder)
+
+    Convertible is `minLM` with either cell (`use_lstm`) and any `depth`, `expansion` and `ff_mult`. Its layer is the
+    one of MinRNN without a convolution, with biases in the MLP and the epsilon of the dtype in the norms. It projects
+    to the candidate first and then to the gates, and has no projection of the output where the state is as wide as the
+    residual stream; the identity stands for it.
+
+    Not convertible are `enable_conv=True`, whose convolution has biases and mixes the channels, the models with
+    attention (`hybrid`, `hybridLM`), and `prev_hiddens`. `dropout` is in no state dict; the model has none.
+
+    Args:
+        state_dict: of a `minLM`. Its tensors are copied; their dtype becomes that of the model.
+
+    Raises:
+        ValueError: a state dict with a convolution, or with names that are not those of a `minLM`.
+    """
+    convolutions = [name for name in state_dict if CONVOLUTION.match(name)]
+    if convolutions:
+        raise ValueError(
+            f"{convolutions[0]}: a model with enable_conv=True cannot be converted, its convolution mixes the channels"
+        )
+    rest = dict(state_dict)
+
+    def take(name: str) -> Tensor:
+        if name not in rest:
+            raise ValueError(f"this is not the state dict of a minLM of minGRU-pytorch 0.2.1: it has no {name}")
+        return rest.pop(name)
+
+    embedding = take("token_emb.weight")
+    vocab_size, H = embedding.shape
+    cell_type = "minlstm" if f"layers.0.2.{PROJECTIONS['minlstm']}.weight" in rest else "mingru"
+    num_layers = len({name.split(".")[1] for name in rest if name.startswith("layers.")})
+    weights = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": take("norm.weight"),
+        "lm_head.weight": take("to_logits.weight"),
+    }
+    for i in range(num_layers):
+        theirs, ours = f"layers.{i}.", f"model.layers.{i}."
+        candidate, *gates = take(f"{theirs}2.{PROJECTIONS[cell_type]}.weight").chunk(GATES[cell_type])
+        D = len(candidate)
+        has_output = f"{theirs}2.to_out.weight" in rest or D != H
+        weights |= {
+            ours + "rnn_norm.weight": take(theirs + "1.weight"),
+            ours + "rnn.in_proj.weight": torch.cat([*gates, candidate]),
+            ours + "rnn.out_proj.weight": take(theirs + "2.to_out.weight") if has_output else torch.eye(H),
+            ours + "mlp_norm.weight": take(theirs + "3.weight"),
+            ours + "mlp.up_proj.weight": take(theirs + "4.0.weight"),
+            ours + "mlp.up_proj.bias": take(theirs + "4.0.bias"),
+            ours + "mlp.down_proj.weight": take(theirs + "4.2.weight"),
+            ours + "mlp.down_proj.bias": take(theirs + "4.2.bias"),
+        }
+    if rest or not num_layers:
+        raise ValueError(
+            f"this is not the state dict of a minLM of minGRU-pytorch 0.2.1: {next(iter(rest), 'no layers')}"
+        )
+    config = MinRNNConfig(
+        vocab_size=vocab_size,
+        hidden_size=H,
+        num_hidden_layers=num_layers,
+        cell_type=cell_type,
+        expansion_factor=D / H,
+        conv_kernel_size=0,
+        intermediate_size=len(weights["model.layers.0.mlp.up_proj.weight"]),
+        mlp_bias=True,
+        rms_norm_eps=torch.finfo(embedding.dtype).eps,
+        tie_word_embeddings=False,
+    )
+    model = MinRNNForCausalLM(config).to(embedding.dtype).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+__all__ = ["convert_mingru_pytorch"]
