@@ -69,6 +69,12 @@ class MinRNNConfig(PreTrainedConfig):
 
     model_type = "minrnn"
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.rnn.in_proj": "colwise_gather_output",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "padding_mask"], ["hidden_states"]),
@@ -108,6 +114,9 @@ class MinRNNConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.use_cache is None:
             self.use_cache = not self.bidirectional
+        if self.bidirectional:  # transformers warns of rules for modules that are not there
+            reverse = {"layers.*.reverse_rnn.in_proj": self.base_model_tp_plan["layers.*.rnn.in_proj"]}
+            self.base_model_tp_plan = self.base_model_tp_plan | reverse
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -131,19 +140,6 @@ class MinRNNConfig(PreTrainedConfig):
     def state_size(self) -> int:
         """D, channels of recurrent state in each layer."""
         return round(self.hidden_size * self.expansion_factor)
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the modules that there are."""
-        plan = {
-            "embed_tokens": "embedding_rowwise",
-            "layers.*.rnn.in_proj": "colwise_gather_output",
-            "layers.*.mlp.up_proj": "colwise",
-            "layers.*.mlp.down_proj": "rowwise",
-        }
-        if self.bidirectional:
-            plan["layers.*.reverse_rnn.in_proj"] = plan["layers.*.rnn.in_proj"]
-        return plan
 
     @property
     def layer_types(self) -> list[str]:

@@ -89,6 +89,7 @@ def test_packed_documents_with_padding_anywhere_equal_the_documents(cell_type, b
         assert_row_equals_documents(outputs, row, WrittenOut(model), documents, real[row])
 
 
+@pytest.mark.oldest
 @both_cells
 @every_backend
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -279,6 +280,7 @@ def test_generation_is_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.oldest
 def test_no_cache_is_the_default_of_an_encoder_alone():
     assert MinRNNConfig().use_cache and not MinRNNConfig(bidirectional=True).use_cache
     assert not MinRNNConfig(use_cache=False).use_cache

@@ -87,6 +87,7 @@ def test_trainer_trains_a_masked_language_model_to_use_what_comes_after(tmp_path
 # ---- Pooling
 
 
+@pytest.mark.oldest
 @both_cells
 @both_directions
 @torch.no_grad()
@@ -125,6 +126,7 @@ def test_tokens_are_classified_without_their_padding(cell_type):
 # ---- Question answering
 
 
+@pytest.mark.oldest
 @both_cells
 @both_directions
 def test_a_padded_batch_of_questions_gives_the_loss_and_gradients_of_its_sequences(cell_type, bidirectional):

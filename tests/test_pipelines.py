@@ -80,6 +80,7 @@ def test_text_generation_continues_each_text_as_greedy_search_does(save, cell_ty
         assert output["generated_token_ids"][-len(expected) :] == expected
 
 
+@pytest.mark.oldest
 @both_cells
 def test_fill_mask_gives_the_probabilities_of_the_words_behind_the_mask(save, cell_type):
     model, folder, tokenizer = save(MinRNNForMaskedLM, cell_type, bidirectional=True)

@@ -92,6 +92,7 @@ def test_a_prompt_read_here_is_continued_in_another_process_bit_for_bit(cell_typ
     assert torch.equal(logits, torch.stack(expected.logits))
 
 
+@pytest.mark.oldest
 @both_cells
 @every_shape
 @both_kinds
