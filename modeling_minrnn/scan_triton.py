@@ -173,7 +173,7 @@ def _advance(h, low, A, Z, H):
 @triton.jit
 def _prepend(A1, Z1, H1, A, Z, H):
     """The stretch 1, then the one after it, in the order of the walk of the state."""
-    return A1 * A, Z1 + A1 * Z, tl.where(Z < 0.5, H1 - Z * H1, A * H1) + H
+    return A1 * A, Z1 + A1 * Z, A * H1 + H
 
 
 @triton.jit
