@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM
 from training.checkpoint import (
     Progress,
     check_output_dir,
@@ -133,7 +133,9 @@ def main(path: str, overrides: list[str]) -> int:
                 inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
                 with accelerator.accumulate(training_model):
                     # shift_labels: the targets are shifted already, so that each of the T positions predicts a token.
-                    loss = training_model(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+                    loss = training_model(
+                        inputs, labels=targets, shift_labels=targets, use_cache=False, logits_to_keep=NO_LOGITS
+                    ).loss
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(training_model.parameters(), train.grad_clip_norm)

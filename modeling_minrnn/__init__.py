@@ -12,6 +12,7 @@ from transformers import (
 
 from .configuration_minrnn import MinRNNConfig
 from .modeling_minrnn import (
+    NO_LOGITS,
     MinRNNForCausalLM,
     MinRNNForMaskedLM,
     MinRNNForQuestionAnswering,
@@ -34,6 +35,7 @@ AutoModelForSequenceClassification.register(MinRNNConfig, MinRNNForSequenceClass
 AutoModelForTokenClassification.register(MinRNNConfig, MinRNNForTokenClassification)
 
 __all__ = [
+    "NO_LOGITS",
     "MinRNNConfig",
     "MinRNNForCausalLM",
     "MinRNNForMaskedLM",

@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -55,6 +56,9 @@ AUTO_MAP = {
 
 # On Shakespeare characters 0.2 learned faster than 0 and 0.02 (one seed each).
 CONV_INITIALIZER_STD = 0.2
+
+NO_LOGITS = torch.empty(0, dtype=torch.long)  # for `logits_to_keep`: the loss alone
+LOSS_CHUNK_ELEMENTS = 1 << 25  # logits at a time, 128 MiB in float32
 
 
 class MinRNNCausalConv(nn.Module):
@@ -427,7 +431,9 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         """
         Args:
             labels: (B, T) token ids, -100 where there is no loss; token t is predicted from those before it.
-            logits_to_keep: compute the logits of the last so many tokens, or at these positions; 0 for all.
+            logits_to_keep: return the logits of the last so many tokens, or at these positions; 0 for all. The loss
+                is that of all labels whatever is kept. If not all are, it is computed in chunks, and the logits of
+                the whole batch are never in memory: `logits_to_keep=NO_LOGITS` for training.
 
         The other arguments are those of MinRNNModel.
         """
@@ -442,14 +448,47 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None:
+        if labels is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif labels is not None:
+            loss = self._loss_in_chunks(outputs.last_hidden_state, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+
+    def _loss_in_chunks(
+        self, hidden_states: Tensor, labels: Tensor, shift_labels=None, num_items_in_batch=None, **kwargs
+    ) -> Tensor:
+        """The loss of all tokens, with the logits of LOSS_CHUNK_ELEMENTS / vocab_size tokens at a time."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != -100).sum()
+
+        def loss_of(hidden_states: Tensor, shift_labels: Tensor) -> Tensor:
+            return self.loss_function(
+                logits=self.lm_head(hidden_states),
+                labels=None,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+
+        hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten()
+        size = max(1, LOSS_CHUNK_ELEMENTS // self.config.vocab_size)
+        if len(shift_labels) <= size:
+            return loss_of(hidden_states, shift_labels)
+        # Backward computes the logits of a chunk again: one more product with the head, instead of all in memory.
+        losses = [
+            checkpoint(loss_of, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(hidden_states.split(size), shift_labels.split(size))
+        ]
+        return torch.stack(losses).sum()
 
 
 class MinRNNForMaskedLM(MinRNNLanguageModel):

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from oracle import random_mask
 from small_models import (
     CELLS,
     SHAPES,
+    VOCAB_SIZE,
     WrittenOut,
     assert_close,
     random_ids,
@@ -18,14 +20,17 @@ from small_models import (
     small_half_precision_model,
     small_model,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening, StaticCache
 
 from modeling_minrnn import (
+    NO_LOGITS,
     MinRNNConfig,
     MinRNNForCausalLM,
     MinRNNForSequenceClassification,
     MinRNNForTokenClassification,
     MinRNNModel,
+    modeling_minrnn,
 )
 from modeling_minrnn.modeling_minrnn import CONV_INITIALIZER_STD
 
@@ -312,6 +317,43 @@ def test_each_head_divides_the_loss_by_num_items_in_batch():
         assert_close(model(ids, labels=labels, num_items_in_batch=100).loss, total / 100)
         assert_close(model(ids, labels=labels, num_items_in_batch=torch.tensor(7)).loss, total / 7)
         assert_close(model(ids, labels=labels).loss, total / targets.numel())
+
+
+@both_cells
+@pytest.mark.parametrize("items", [None, 100])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_loss_without_logits_is_the_loss_and_holds_few_logits_at_a_time(cell_type, items, shifted, monkeypatch):
+    monkeypatch.setattr(modeling_minrnn, "LOSS_CHUNK_ELEMENTS", 5 * VOCAB_SIZE)
+    ids = random_ids(3, 17)
+    labels = ids.masked_fill(random_mask(3, 17, seed=0, share=0.3), -100)
+    arguments = {"labels": labels, "num_items_in_batch": items} | ({"shift_labels": labels} if shifted else {})
+    model = small_model(cell_type)
+    expected = model(ids, **arguments)
+    expected.loss.backward()
+    expected_gradients = gradients(model)
+    model.zero_grad()
+
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            outputs = result if isinstance(result, (tuple, list)) else [result]
+            with_logits = [x.numel() for x in outputs if isinstance(x, torch.Tensor) and x.shape[-1:] == (VOCAB_SIZE,)]
+            largest = max(largest, *with_logits, 0)
+            return result
+
+    with Sizes():
+        actual = model(ids, **arguments, logits_to_keep=NO_LOGITS)
+        actual.loss.backward()
+    assert actual.logits.shape == (3, 0, VOCAB_SIZE)
+    assert largest == model.lm_head.weight.numel() < ids.numel() * VOCAB_SIZE / 3  # 5 logits at a time are less
+    assert_close(actual.loss, expected.loss)
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, expected_gradients[name])
+    assert_close(model(ids, **arguments, logits_to_keep=2).logits, expected.logits[:, -2:])
+    assert_close(model(ids, **arguments, logits_to_keep=2).loss, expected.loss)
 
 
 # ---- Heads
