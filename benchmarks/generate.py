@@ -9,6 +9,11 @@ Before timing, the tokens of generate are compared with those of the bare loop a
 
 state_bytes: memory of the cache's tensors at the end, for the one sequence.
 
+Where there is a GPU: 12 layers, width 768, vocabulary 50304 in bf16 with cache_implementation="static", which
+transformers compiles in mode reduce-overhead (CUDA graphs). over_weights is the time a token over that of reading the
+weights once at the bandwidth of a copy (benchmarks/gpu.py), the least that a step at batch 1 can take; recompiles
+counts what was compiled again after the first generation.
+
 Targets: minrnn <= 1.3x the time a token of bare; minrnn after 8192 tokens <= 1.05x its time a token after 16.
 
     python benchmarks/generate.py [--only mingru] [--rounds 7]
@@ -127,11 +132,41 @@ def measure(report: Report, cell_type: str) -> None:
         report.add(**row)
 
 
+def measure_on_gpu(report: Report, cell_type: str) -> None:
+    from gpu import copy_bandwidth, gpu_name, language_model
+
+    model = language_model(cell_type, 50304, 768, 12).eval()
+    prompt = torch.randint(256, (1, 128), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+    def sample() -> float:
+        clock = Clock()
+        model.generate(prompt, **GREEDY, cache_implementation="static", streamer=clock)
+        return clock.seconds_per_token
+
+    sample()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    seconds = interleave({"step": sample}, report.options.rounds).seconds("step")
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    report.add(
+        cell=cell_type,
+        prompt=prompt.shape[1],
+        contender="minrnn, static cache, GPU",
+        gpu=gpu_name(),
+        parameters=model.num_parameters(),
+        ms_per_token=1e3 * seconds,
+        tokens_per_s=1 / seconds,
+        over_weights=seconds * copy_bandwidth() / weight_bytes,
+        recompiles=Bound(torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled, at_most=0),
+    )
+
+
 def main() -> None:
     report = Report(parser("generate", __doc__, rounds=7).parse_args())
     for cell_type in ("mingru", "minlstm"):
         if report.wants(cell_type):
             measure(report, cell_type)
+            if torch.cuda.is_available():
+                measure_on_gpu(report, cell_type)
     report.print_table()
 
 

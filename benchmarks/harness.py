@@ -8,6 +8,7 @@ Import this module before anything that loads numba: numba reads its number of t
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -30,6 +31,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(THREADS)
 
+PACKAGES = ("torch", "transformers", "numba", "triton")
 HERE = Path(__file__).resolve().parent
 
 
@@ -127,10 +129,12 @@ def parser(name: str, doc: str, rounds: int) -> argparse.ArgumentParser:
 class Report:
     """Collects rows; writes each at once, so that an interrupted run keeps what it measured."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, device: str | None = None):
+        """device: what is measured, if not the CPU."""
         self.options = options
         self.rows: list[dict[str, object]] = []
         self.run = {"benchmark": options.benchmark, "rounds": options.rounds, **_environment()}
+        self.run["device"] = device or _cpu_name()
         options.output.parent.mkdir(parents=True, exist_ok=True)
 
     def wants(self, case: str) -> bool:
@@ -172,11 +176,10 @@ def _environment() -> dict[str, object]:
         # The results that earlier runs appended do not make the code another one.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "command": shlex.join(["python", *sys.argv]),
-        "device": _cpu_name(),
         "threads": THREADS,
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numba")},
+        "versions": {name: metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
