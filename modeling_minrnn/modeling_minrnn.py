@@ -6,8 +6,10 @@ with the state from the cache as the initial state.
 """
 
 import math
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
@@ -199,6 +201,20 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MinRNNDecoderLayer}
 
+    def __init__(self, config: MinRNNConfig, *args, **kwargs):
+        config.validate_architecture()  # from_pretrained sets fields of a configuration that exists already
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers. Raises ValueError for a truncated or damaged file of weights, by its name."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            files = sorted(Path(pretrained_model_name_or_path).glob("*.safetensors"))
+            name = next(filter(_is_damaged, files), pretrained_model_name_or_path)
+            raise ValueError(f"{name} is truncated or damaged: {error}") from error
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -225,6 +241,14 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         """As in transformers, with the custom code beside the weights for every Auto class of the model."""
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, **kwargs)
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt"):
+            return False
+    except SafetensorError:
+        return True
 
 
 def _chrono_bias(config: MinRNNConfig, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small_models import CELLS, assert_close, random_ids, small_model
 from transformers import (
@@ -224,8 +224,10 @@ def saved(tmp_path):
 def test_a_truncated_file_of_weights_is_refused(saved, kept):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(SafetensorError, match="Error while deserializing header"):
-        MinRNNForCausalLM.from_pretrained(saved)
+    for auto in (MinRNNForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(file))} is truncated or damaged: .+") as error:
+            auto.from_pretrained(saved)
+        assert "\n" not in str(error.value)
 
 
 def test_weights_of_another_shape_are_refused(saved):
@@ -247,3 +249,8 @@ def test_a_configuration_with_a_value_out_of_range_is_refused_on_loading(saved):
     change_config(saved, cell_type="gru")
     with pytest.raises(ValueError, match="cell_type must be one of .* not 'gru'"):
         AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_field_out_of_range_that_is_given_on_loading_is_refused(saved):
+    with pytest.raises(ValueError, match="hidden_size must be at least 1 and finite, not -1"):
+        MinRNNForCausalLM.from_pretrained(saved, hidden_size=-1)
