@@ -21,12 +21,13 @@ class MinRNNDynamicLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
     supports_early_init = False
+    past: list[tuple[Tensor, Tensor]]  # (keys, values) after each of the latest tokens, oldest first
 
     def __init__(self, **kwargs):
         super().__init__()
         self.cumulative_length = 0
         self.record_past = False
-        self.past: list[tuple[Tensor, Tensor]] = []  # (keys, values) after each of the latest tokens, oldest first
+        self.past = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

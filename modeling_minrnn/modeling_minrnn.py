@@ -119,6 +119,7 @@ class MinRNNRecurrence(nn.Module):
 class MinRNNMLP(nn.Module):
     def __init__(self, config: MinRNNConfig):
         super().__init__()
+        assert config.intermediate_size is not None  # resolved by the configuration
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -136,16 +137,19 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MinRNNConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.bidirectional = config.bidirectional
+        self.has_conv, self.has_mlp = config.conv_kernel_size != 0, config.intermediate_size != 0
         self.window_size = max(config.conv_kernel_size - 1, 0)
-        self.conv = MinRNNCausalConv(config) if config.conv_kernel_size else None
+        if self.has_conv:
+            self.conv = MinRNNCausalConv(config)
         self.rnn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rnn = MinRNNRecurrence(config)
-        if self.bidirectional:
-            self.reverse_conv = MinRNNCausalConv(config) if config.conv_kernel_size else None
+        if config.bidirectional:
+            if self.has_conv:
+                self.reverse_conv = MinRNNCausalConv(config)
             self.reverse_rnn = MinRNNRecurrence(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
-        self.mlp = MinRNNMLP(config) if config.intermediate_size else None
+        if self.has_mlp:
+            self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = MinRNNMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -157,7 +161,7 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         reverse_masks: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
     ) -> Tensor:
-        """reverse_masks: padding_mask, reset_mask and taps of the sequence read from its end."""
+        """reverse_masks: padding_mask, reset_mask and taps of the sequence read from its end, where bidirectional."""
         B, T, H = hidden_states.shape
         state = self.rnn.start(B, hidden_states)
         window = hidden_states.new_zeros(B, self.window_size, H)
@@ -167,21 +171,21 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
             record_past = past_key_values.layers[self.layer_idx].record_past
 
         conv_input = hidden_states
-        if self.conv is not None:
+        if self.has_conv:
             hidden_states = hidden_states + self.conv(conv_input, window, taps)
-            if self.bidirectional:
+            if reverse_masks is not None:
                 hidden_states = hidden_states + self.reverse_conv(conv_input.flip(1), window, reverse_masks[2]).flip(1)
         # A state to go back to must be as exact as the final one, whatever the dtype of the model.
         rnn_input = self.rnn_norm(hidden_states)
         output, states, final_state = self.rnn(rnn_input, state, reset_mask, padding_mask, exact_states=record_past)
-        if self.bidirectional:
+        if reverse_masks is not None:
             reverse_padding_mask, reverse_reset_mask, _ = reverse_masks
             start = self.reverse_rnn.start(B, rnn_input)
             reverse_output, *_ = self.reverse_rnn(rnn_input.flip(1), start, reverse_reset_mask, reverse_padding_mask)
             output = output + reverse_output.flip(1)
         hidden_states = hidden_states + self.dropout(output)
-        if self.mlp is not None:
-            hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))  # type: ignore[misc]
+        if self.has_mlp:
+            hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
         if past_key_values is not None:
             first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if record_past else T - 1
@@ -229,8 +233,9 @@ class MinRNNPreTrainedModel(PreTrainedModel):
             init.normal_(module.out_proj.weight, std=residual_std)
             if module.initial_state is not None:
                 init.zeros_(module.initial_state)
-            if module.in_proj.bias is not None:
-                init.copy_(module.in_proj.bias, _chrono_bias(config, module.in_proj.bias))
+            if config.max_timescale is not None:
+                bias = module.in_proj.bias
+                init.copy_(bias, _chrono_bias(config.cell_type, config.max_timescale, bias))
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules of custom code without parameters of their own; here they see to those of
@@ -251,14 +256,14 @@ def _is_damaged(file: Path) -> bool:
         return True
 
 
-def _chrono_bias(config: MinRNNConfig, like: Tensor) -> Tensor:
+def _chrono_bias(cell_type: str, max_timescale: float, like: Tensor) -> Tensor:
     """Bias of in_proj such that a = exp(-1 / timescale) for an input of zero, the timescales log-uniform in
     1..max_timescale tokens (Tallec & Ollivier 2018, arXiv 1804.11188)."""
-    D = config.state_size
-    timescale = torch.exp(torch.rand(D, device=like.device) * math.log(config.max_timescale))  # type: ignore[arg-type]
+    D = len(like) // GATES[cell_type]
+    timescale = torch.exp(torch.rand(D, device=like.device) * math.log(max_timescale))
     remember = -torch.log(torch.expm1(1 / timescale))  # logit of a
     # minLSTM with the opposite bias on its input gate has i = 1 - f, and so a = f / (f + i) = f.
-    gates = [-remember] if config.cell_type == "mingru" else [remember, -remember]
+    gates = [-remember] if cell_type == "mingru" else [remember, -remember]
     return torch.cat([*gates, torch.zeros_like(remember)]).to(like.dtype)
 
 
@@ -300,16 +305,14 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 precedence: (B, T) True at their first tokens; (B, T) number of the document; (documents + 1,)
                 boundaries in a batch of one row; (B, T), restarting at 0. Nothing is carried from one to the next.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (given is input_ids and inputs_embeds is not None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        shape = tuple(input_ids.shape if inputs_embeds is None else inputs_embeds.shape)  # type: ignore[union-attr]
-        if len(shape) != (2 if inputs_embeds is None else 3):
-            raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, H), not {shape}")
-        B, T = shape[:2]
+        if given.dim() != (3 if input_ids is None else 2):
+            raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, H), not {tuple(given.shape)}")
+        B, T = given.shape[:2]
         if T == 0:
             raise ValueError("the sequence is empty: input_ids must hold at least one token")
-        if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)  # type: ignore[arg-type]
         if self.config.bidirectional and (use_cache or past_key_values is not None):
             raise ValueError(
                 "a bidirectional model reads whole sequences and has no state to go on from: pass use_cache=False and "
@@ -333,7 +336,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         if self.config.bidirectional:
             reverse_masks = _reverse_masks(padding_mask, reset_mask, self.config.conv_kernel_size)
 
-        hidden_states = self.dropout(inputs_embeds)
+        hidden_states = self.dropout(given if input_ids is None else self._embed(given))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,

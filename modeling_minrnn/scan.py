@@ -336,11 +336,13 @@ def _kernels(backend: str) -> tuple[Callable, Callable, tuple[str, ...]]:
         from .scan_numba import backward, forward
 
         return forward, backward, KERNELS[backend]
-    from .scan_triton import INTERPRETED, backward, forward
+    from .scan_triton import INTERPRETED
+    from .scan_triton import backward as triton_backward
+    from .scan_triton import forward as triton_forward
 
-    if backend == "triton_batch_invariant":
-        forward, backward = (functools.partial(function, batch_invariant=True) for function in (forward, backward))
-    return forward, backward, ("cpu",) if INTERPRETED else KERNELS[backend]
+    devices = ("cpu",) if INTERPRETED else KERNELS[backend]
+    fixed = {"batch_invariant": backend == "triton_batch_invariant"}
+    return functools.partial(triton_forward, **fixed), functools.partial(triton_backward, **fixed), devices
 
 
 def _implementation(backend: str, tensor: Tensor) -> tuple[Callable, Callable]:

@@ -639,7 +639,7 @@ def _launch(kernel, layout: Plan, programs_per_column: int, constants: dict, *ar
 def compile_options(warps: int, nvidia: bool) -> dict[str, object]:
     """What the kernels are compiled with, but for their constants."""
     # Asked for by name: what Triton does with a * b + c when left alone depends on its version.
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options: dict[str, object] = {"num_warps": warps, "enable_fp_fusion": True}
     return options | {"maxnreg": MAX_REGISTERS} if nvidia else options
 
 

@@ -49,7 +49,7 @@ def save_state(cache: Cache, path: str | os.PathLike, model: MinRNNPreTrainedMod
     layers = model.base_model.layers
     if len(cache.layers) != len(layers) or not all(getattr(layer, "is_initialized", False) for layer in cache.layers):
         raise ValueError(f"the cache must be one that this model of {len(layers)} layers has filled")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, (layer, kept) in enumerate(zip(layers, cache.layers)):
         like = layer.rnn.in_proj.weight
         start = layer.rnn.start(kept.batch_size, like)
@@ -107,7 +107,7 @@ def _hash(fields: dict, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

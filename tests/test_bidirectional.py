@@ -66,7 +66,8 @@ def test_a_reversed_sequence_is_read_alike_by_the_model_with_its_directions_swap
     model = encoder(cell_type, **shape)
     swapped = copy.deepcopy(model)
     for layer in swapped.model.layers:
-        layer.conv, layer.reverse_conv = layer.reverse_conv, layer.conv
+        if layer.has_conv:
+            layer.conv, layer.reverse_conv = layer.reverse_conv, layer.conv
         layer.rnn, layer.reverse_rnn = layer.reverse_rnn, layer.rnn
     for output, expected in zip(read(swapped, IDS.flip(1)), read(model, IDS)):
         assert_close(output.flip(1), expected)
