@@ -22,8 +22,8 @@ def pytest_terminal_summary(terminalreporter):
     """Every skip with its reason, once for tests of the same name in several classes."""
     skips = Counter()
     for report in terminalreporter.stats.get("skipped", ()):
-        path, *_, name = report.nodeid.split("::")
-        skips[path, name, report.longrepr[2].removeprefix("Skipped: ")] += 1
+        names = report.nodeid.split("::")  # only the path where a whole module is skipped
+        skips[names[0], names[-1], report.longrepr[2].removeprefix("Skipped: ")] += 1
     if skips:
         width = max(len(name) for _, name, _ in skips)
         terminalreporter.section("skipped, and why")

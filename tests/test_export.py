@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:F
 
 # A learned initial state or none, biases or none; seeds whose greedy text does not soon repeat itself.
 MODELS = {
-    "mingru": {**SHAPES[3], "seed": 7},
+    "mingru": {**SHAPES[3], "seed": 57},
     "minlstm": {**SHAPES[2], "conv_kernel_size": 4, "tie_word_embeddings": False, "seed": 17},
 }
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton", reason="triton is made for Linux")
+
 ROOT = Path(__file__).parent.parent
 CELLS = ["mingru", "minlstm"]
 KERNELS = ["forward", "forward_reduce", "backward", "backward_reduce"]

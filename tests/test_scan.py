@@ -12,11 +12,17 @@ from oracle import normal, random_mask, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from modeling_minrnn import scan_triton
 from modeling_minrnn.scan import GATES, NAMESPACE, minrnn_scan
 
+try:
+    from modeling_minrnn import scan_triton
+except ImportError:  # triton is made for Linux
+    scan_triton = None
+
 CELLS = sorted(GATES)
-FUSED = ["torch", "numba", "triton"]  # the backends with a backward of their own; "triton" by its slow interpreter
+FUSED = ["torch", "numba"]  # the backends with a backward of their own
+if scan_triton:
+    FUSED.append("triton")  # by its slow interpreter
 EXACT = ["loop", *FUSED]  # all but the paper's listing
 OPERATORS = getattr(torch.ops, NAMESPACE)
 
@@ -38,14 +44,15 @@ def small_tiles_of_triton():
     """Short sequences then take several tiles, and several segments. tests/test_scan_triton.py has the large ones."""
     # The interpreter computes in numpy, which warns where exp(-x) is infinite.
     with pytest.MonkeyPatch.context() as patch, np.errstate(over="ignore"):
-        patch.setattr(scan_triton, "FORWARD_TILES", [(2, 4, 32, 1)] * 2)
-        patch.setattr(scan_triton, "BACKWARD_TILES", [(4, 2, 32, 1)] * 2)
+        if scan_triton:
+            patch.setattr(scan_triton, "FORWARD_TILES", [(2, 4, 32, 1)] * 2)
+            patch.setattr(scan_triton, "BACKWARD_TILES", [(4, 2, 32, 1)] * 2)
         yield
 
 
 def examples(backend):
     """For hypothesis, of small problems."""
-    return settings(max_examples=8 if backend == "triton" else 50)
+    return settings(max_examples=5 if backend == "triton" else 50)
 
 
 def problem(cell_type, B, T, D, dtype=torch.float32, seed=0):
@@ -406,7 +413,7 @@ def test_splitting_a_sequence_anywhere_changes_nothing(cell_type, backend):
     @given(problems(cell_type), st.data())
     def check(arguments, data):
         T = arguments["projected"].shape[1]
-        cuts = sorted(data.draw(st.sets(st.integers(1, T - 1)))) if T > 1 else []
+        cuts = sorted(data.draw(st.sets(st.integers(1, T - 1), max_size=3))) if T > 1 else []
         one_shot = outcome(functools.partial(minrnn_scan, backend=backend), **arguments)
         pieces = outcome(functools.partial(in_pieces, cuts, backend=backend), **arguments)
         assert_close(pieces, one_shot, 1e-6)
@@ -605,7 +612,7 @@ def test_a_compiled_scan_is_one_graph_with_one_operator_and_equals_eager(cell_ty
     torch.compiler.reset()
     scan = functools.partial(minrnn_scan, backend=backend)
     compiled = torch.compile(scan, fullgraph=True, dynamic=True, backend=compiler)
-    for B, T, D in ((2, 9, 5), (3, 63, 33), (4, 17, 8)):
+    for B, T, D in ((2, 9, 5), (3, 23, 7), (4, 17, 8)):
         masks = {
             "reset_mask": random_mask(B, T, seed=0, share=0.2),
             "padding_mask": random_mask(B, T, seed=1, share=0.2),

@@ -13,10 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import normal, random_mask, relative_error
 
-from modeling_minrnn import scan, scan_triton
+from modeling_minrnn import scan
 from modeling_minrnn.scan import GATES, minrnn_scan
-from modeling_minrnn.scan_triton import BACKWARD_TILES, FORWARD_TILES, MIN_TILES, Plan, plan
 
+scan_triton = pytest.importorskip("modeling_minrnn.scan_triton", exc_type=ImportError)
+BACKWARD_TILES, FORWARD_TILES, MIN_TILES = scan_triton.BACKWARD_TILES, scan_triton.FORWARD_TILES, scan_triton.MIN_TILES
+Plan, plan = scan_triton.Plan, scan_triton.plan
 CELLS = sorted(GATES)
 every_cell = pytest.mark.parametrize("cell_type", CELLS)
 
