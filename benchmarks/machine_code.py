@@ -2,9 +2,8 @@
 
 The kernels are compiled ahead of time and disassembled by the tools that the triton wheel brings. An element is one
 state (b, t, d); the instructions are those of the loop over full tiles, where a program spends its time, divided by
-the elements that a thread handles in one turn. tests/test_machine_code.py holds them to the limits.
-
-    python benchmarks/machine_code.py
+the elements that a thread handles in one turn. tests/test_machine_code.py holds them to the limits, and
+benchmarks/gpu.py prints them.
 """
 
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from harness import Bound, Report, parser
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -106,30 +104,3 @@ def _loops(assembly: str) -> list[list[str]]:
             if branch and branch[1] in labels:
                 loops.append(instructions[labels[branch[1]] :])
     return loops
-
-
-def main() -> None:
-    """Print and record the plain variants, those that the limits are about."""
-    report = Report(parser("machine_code", __doc__, rounds=1).parse_args())
-    for target in (80, 90):
-        for kernel in KERNELS:
-            for cell_type in ("mingru", "minlstm"):
-                if report.wants(f"sm_{target} {kernel} {cell_type}"):
-                    code = compile_variant(Variant(kernel, cell_type, target=target))
-                    report.add(
-                        target=f"sm_{target}",
-                        kernel=kernel,
-                        cell=cell_type,
-                        registers=Bound(code.registers, at_most=scan_triton.MAX_REGISTERS),
-                        stack_bytes=Bound(code.stack_bytes, at_most=0),
-                        instructions_per_element=Bound(
-                            code.instructions_per_element, at_most=LIMITS.get((kernel, cell_type))
-                        ),
-                        special_per_element=code.special_per_element,
-                        triton=triton.__version__,
-                    )
-    report.print_table()
-
-
-if __name__ == "__main__":
-    main()

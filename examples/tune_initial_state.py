@@ -4,7 +4,7 @@ A recurrent model need not start from nothing: `learned_initial_state` adds the 
 parameters, D numbers a layer, which then say what a prompt would have to say. Trained alone, they tell a model of sums
 in five styles which of them is wanted.
 
-    python examples/tune_initial_state.py    # less than a minute on one CPU core; it makes its text itself
+    python -m examples.tune_initial_state    # less than a minute on one CPU core; it makes its text itself
 """
 
 import random
