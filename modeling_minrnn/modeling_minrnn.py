@@ -486,7 +486,6 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-
     def _loss_in_chunks(
         self, hidden_states: Tensor, labels: Tensor, shift_labels=None, num_items_in_batch=None, **kwargs
     ) -> Tensor:
