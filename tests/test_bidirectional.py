@@ -1,15 +1,12 @@
 """An encoder reads each document from both ends, and its padding and its neighbours from neither."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from small_models import CELLS, SHAPES, TOLERANCES, WrittenOut, assert_close, random_ids, small_config, small_model
+from small_models import CELLS, SHAPES, WrittenOut, assert_close, random_ids, small_config, small_model
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM, MinRNNModel
@@ -217,48 +214,6 @@ def test_a_causal_checkpoint_is_the_forward_half_of_an_encoder(tmp_path):
     loaded.save_pretrained(tmp_path / "encoder")
     again = MinRNNForCausalLM.from_pretrained(tmp_path / "encoder")
     assert again.config.bidirectional and torch.equal(again(IDS).logits, loaded(IDS).logits)
-
-
-SPLIT = """
-import sys, torch
-import modeling_minrnn
-from transformers import AutoModel
-
-ids, *folders = sys.argv[1:]
-torch.set_num_threads(1)
-for folder in folders:
-    model = AutoModel.from_pretrained(folder, tp_plan="auto")
-    weights = dict(model.named_parameters())
-    split = {name: weights[name].to_local().numel() for name in weights if hasattr(weights[name], "to_local")}
-    with torch.no_grad():
-        output = model(torch.load(ids)).last_hidden_state
-    if torch.distributed.get_rank() == 0:
-        torch.save((output, split), folder + "/output.pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_a_model_split_over_two_processes_gives_the_same_output(tmp_path, pytestconfig):
-    torch.save(IDS, tmp_path / "ids.pt")
-    (tmp_path / "split.py").write_text(SPLIT)
-    models = {tmp_path / cell_type: encoder(cell_type, max_timescale=20, mlp_bias=True).model for cell_type in CELLS}
-    for folder, model in models.items():
-        model.save_pretrained(folder)
-    process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [tmp_path / "split.py", tmp_path / "ids.pt", *models],
-        env=os.environ | {"PYTHONPATH": str(pytestconfig.rootpath)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert "rules were not applied" not in process.stderr
-    for folder, model in models.items():
-        output, split = torch.load(folder / "output.pt")
-        assert_close(output, model(IDS).last_hidden_state, tolerance=2 * TOLERANCES[torch.float32])  # two part sums
-        for name in ("layers.0.rnn.in_proj.weight", "layers.1.reverse_rnn.in_proj.bias"):
-            weight = model.get_parameter(name)
-            assert abs(split[name] - weight.numel() / 2) <= weight.shape[-1] / 2, name
 
 
 # ---- What an encoder cannot do

@@ -167,6 +167,7 @@ def torchrun(tmp_path, pytestconfig):
             text=True,
         )
         assert process.returncode == 0, process.stderr
+        assert "rules were not applied" not in process.stderr  # of tensor parallelism
 
     return torchrun
 
@@ -211,8 +212,9 @@ for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     weights = dict(model.named_parameters())
     sizes = {name: weights[name].to_local().numel() for name in weights if hasattr(weights[name], "to_local")}
+    sizes = {name: size for name, size in sizes.items() if size < weights[name].numel()}  # others are on both
     with torch.no_grad():
-        logits = model(torch.load(ids), use_cache=True).logits
+        logits = model(torch.load(ids)).logits
     if torch.distributed.get_rank() == 0:
         torch.save((logits, sizes), folder + "/output.pt")
 torch.distributed.destroy_process_group()
@@ -222,14 +224,21 @@ torch.distributed.destroy_process_group()
 def test_models_split_over_two_processes_give_the_same_logits(torchrun, tmp_path):
     ids = random_ids(2, 9)
     torch.save(ids, tmp_path / "ids.pt")
-    models = {tmp_path / cell_type: small_model(cell_type, max_timescale=20) for cell_type in CELLS}
+    models = {
+        tmp_path / f"{cell_type}-{bidirectional}": small_model(
+            cell_type, max_timescale=20, mlp_bias=True, bidirectional=bidirectional
+        )
+        for cell_type in CELLS
+        for bidirectional in (False, True)
+    }
     for folder, model in models.items():
         model.save_pretrained(folder)
     torchrun(SPLIT, tmp_path / "ids.pt", *models)
     for folder, model in models.items():
         logits, sizes = torch.load(folder / "output.pt")
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-        split = ("rnn.in_proj.weight", "rnn.in_proj.bias", "mlp.up_proj.weight", "mlp.down_proj.weight")
+        split = ["rnn.in_proj.weight", "rnn.in_proj.bias", "mlp.up_proj.weight", "mlp.up_proj.bias"]
+        split += ["mlp.down_proj.weight"] + ["reverse_" + name for name in split[:2] if model.config.bidirectional]
         in_layers = {f"model.layers.{i}.{name}" for i in range(2) for name in split}
         assert sizes.keys() == {"model.embed_tokens.weight"} | in_layers
         for name, size in sizes.items():
