@@ -28,10 +28,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM
 from training.checkpoint import (
-    Progress,
+    TrainingState,
     check_output_dir,
     load_checkpoint,
     open_output_dir,
+    same_error,
+    save_best_model,
     save_checkpoint,
     stop_on_signal,
 )
@@ -62,7 +64,7 @@ def main(path: str, overrides: list[str]) -> int:
         log_with=train.trackers or None,
         project_dir=train.output_dir,
     )
-    checkpoint = check_output_dir(config)
+    checkpoint = check_output_dir(config, accelerator.print)
     shares = accelerator.num_processes * train.gradient_accumulation_steps
     if train.batch_size % shares:
         raise InputError(
@@ -97,7 +99,10 @@ def main(path: str, overrides: list[str]) -> int:
 
     # ---- Loop
     accelerator.wait_for_everyone()  # all have checked the folder before it changes
-    progress = load_checkpoint(accelerator, checkpoint, batches) if checkpoint else Progress()
+    state = TrainingState(model, optimizer, scheduler, batches)
+    if checkpoint:
+        load_checkpoint(accelerator, checkpoint, state)
+    progress = state.progress
     output_dir = Path(train.output_dir)
     if accelerator.is_main_process:
         open_output_dir(config)
@@ -170,9 +175,9 @@ def main(path: str, overrides: list[str]) -> int:
                 progress.evaluations_since_best += 1
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
-                    if accelerator.is_main_process:
-                        model.save_pretrained(output_dir)
-                        tokenizer.save_pretrained(output_dir)
+                    with same_error(f"{output_dir}: the model cannot be written, the one from before is intact"):
+                        if accelerator.is_main_process:
+                            save_best_model(output_dir, model, tokenizer)
                 record(**held_out_scores(loss, config.data))
                 if accelerator.is_main_process:
                     bar.write(f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}")
@@ -181,9 +186,9 @@ def main(path: str, overrides: list[str]) -> int:
                 timer += time.perf_counter() - started
 
             if progress.step % train.save_every_steps == 0:
-                save_checkpoint(accelerator, output_dir, progress, batches)
+                save_checkpoint(accelerator, output_dir, config, state)
             interrupted = accelerator.check_trigger()
-        save_checkpoint(accelerator, output_dir, progress, batches)
+        save_checkpoint(accelerator, output_dir, config, state)
 
     # ---- Save
     if interrupted:

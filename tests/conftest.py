@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections import Counter
+from pathlib import Path
 
 # Before the first import of a Hugging Face library: they read these once.
 CACHE = tempfile.TemporaryDirectory(prefix="minrnn-tests-")
@@ -11,11 +12,50 @@ os.environ |= {"HF_HOME": CACHE.name, "HF_HUB_OFFLINE": "1"}
 os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """Writes a configuration file for a run of seconds, changed by "section.key" arguments, and returns its path."""
+    from small_runs import write_config
+
+    return lambda **changes: write_config(tmp_path, **changes)
+
+
+@pytest.fixture
+def train_main():
+    """train.main in this process, with an accelerator of its own: accelerate keeps its settings until told not to."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train
+
+    def main(path, overrides=()):
+        try:
+            return train.main(path, list(overrides))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+    return main
+
+
+@pytest.fixture
+def run(setting, train_main):
+    """Trains in this process and returns the output folder."""
+    from omegaconf import OmegaConf
+
+    def run(**changes):
+        path = setting(**changes)
+        assert train_main(path) == 0
+        return Path(OmegaConf.load(path).train.output_dir)
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -2,31 +2,47 @@
 
 OUTPUT_DIR/                     the best model so far, a folder for from_pretrained, with the reports of the run
     run.yaml                    the settings
-    checkpoints/step-00000100/  everything that training needs to go on
+    checkpoints/step-00000100/  everything that training needs to go on, and no pickle
+        run.yaml                the settings
+        model.safetensors       the parameters
+        optimizer.safetensors   the tensors of the optimizer, "INDEX.NAME" for the parameter of that index
+        state.json              progress, schedule, scaler and the groups of the optimizer
+        process_0.safetensors   random states of torch, for each process
+        process_0.json          random states of Python and numpy and the position in the data, for each process
+        manifest.json           the SHA-256 of each of these, written last
+
+A folder gets the name of a checkpoint when all of it is on the disk. What ends in .partial is nobody's.
 """
 
+import hashlib
 import json
-import logging
 import os
-import pickle
+import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM, signal
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import InputError, RunConfig
-
-# It warns of every checkpoint that tied weights are saved once, which is what they are tied for.
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+from .config import InputError, RunConfig, one_line
 
 SETTINGS_FILE = "run.yaml"
+MANIFEST_FILE = "manifest.json"
+PARTIAL = ".partial"
 KEPT_CHECKPOINTS = 2
 
 
@@ -40,8 +56,19 @@ class Progress:
     evaluations_since_best: int = 0
 
 
-def check_output_dir(config: RunConfig) -> Path | None:
-    """The checkpoint to resume from, if any; changes nothing.
+@dataclass
+class TrainingState:
+    """All that changes while a run trains, but for the random states."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    batches: Any  # an iterator over tensors with state_dict and load_state_dict
+    progress: Progress = field(default_factory=Progress)
+
+
+def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, if a run is to be resumed; changes nothing. Damaged ones are told to `warn`.
 
     Raises InputError if the folder holds something that this run would overwrite, or nothing that it could resume.
     """
@@ -49,11 +76,12 @@ def check_output_dir(config: RunConfig) -> Path | None:
     if config.train.resume and config.train.overwrite:
         raise InputError("train.resume and train.overwrite are both true: choose one")
     if config.train.resume:
-        checkpoints = list_checkpoints(folder)
-        if not checkpoints:
-            raise InputError(f"train.resume: {folder} holds no checkpoint")
-        check_same_settings(folder, config)
-        return checkpoints[-1]
+        for checkpoint in reversed(list_checkpoints(folder)):
+            if (reason := damage(checkpoint)) is None:
+                check_same_settings(checkpoint / SETTINGS_FILE, config)
+                return checkpoint
+            warn(f"warning: {reason}: this checkpoint is damaged, the one before it is used")
+        raise InputError(f"train.resume: {folder} holds no {'whole ' if list_checkpoints(folder) else ''}checkpoint")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not (folder / SETTINGS_FILE).is_file():
             raise InputError(f"train.output_dir {folder} is not empty and holds no run: choose another folder")
@@ -65,75 +93,238 @@ def check_output_dir(config: RunConfig) -> Path | None:
     return None
 
 
-def check_same_settings(folder: Path, config: RunConfig) -> None:
+def check_same_settings(file: Path, config: RunConfig) -> None:
     """A run may be resumed with other `train` settings (say, more steps), but not with another model or data."""
-    before = OmegaConf.to_container(OmegaConf.load(folder / SETTINGS_FILE))
+    before = OmegaConf.to_container(OmegaConf.load(file))
     for section in ("model", "data"):
         now = OmegaConf.to_container(OmegaConf.structured(config)[section])
         for key in sorted(now.keys() | before[section].keys()):
             if now.get(key) != before[section].get(key):
                 raise InputError(
-                    f"train.resume: {section}.{key} is {now.get(key)}, but {folder / SETTINGS_FILE} "
-                    f"has {before[section].get(key)}"
+                    f"train.resume: {section}.{key} is {now.get(key)}, but {file} has {before[section].get(key)}"
                 )
 
 
 def open_output_dir(config: RunConfig) -> Path:
-    """Create the folder, in place of a run that may be overwritten, and write the settings into it.
-
-    What was asked of this call alone, to resume or to overwrite, is no property of the run and is not kept.
-    """
+    """Create the folder, in place of a run that may be overwritten, and write the settings into it."""
     folder = Path(config.train.output_dir)
     if config.train.overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = replace(config, train=replace(config.train, resume=False, overwrite=False))
-    OmegaConf.save(OmegaConf.structured(settings), folder / SETTINGS_FILE)
+    write_file(folder / SETTINGS_FILE, settings_yaml(config))
     return folder
 
 
+def settings_yaml(config: RunConfig) -> str:
+    """What was asked of one call alone, to resume or to overwrite, is no property of the run and is left out."""
+    settings = replace(config, train=replace(config.train, resume=False, overwrite=False))
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))
+
+
+# ---- Checkpoints
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("checkpoints/step-*") if path.suffix != ".partial")
+    """Oldest first, whole or damaged."""
+    return sorted(path for path in folder.glob("checkpoints/step-*") if path.suffix != PARTIAL)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, batches: Any) -> None:
-    """Called by all processes. A checkpoint gets its name when it is complete; older ones are then removed."""
-    final = folder / "checkpoints" / f"step-{progress.step:08d}"
-    if final.exists():
+def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, state: TrainingState) -> None:
+    """Called by all processes. A checkpoint gets its name when all of it is on the disk; old ones are then removed.
+
+    Raises InputError in all processes if one of them cannot write; the checkpoints from before are then untouched.
+    """
+    final = folder / "checkpoints" / f"step-{state.progress.step:08d}"
+    if final.exists() and damage(final) is None:
         return
-    partial = final.with_suffix(".partial")
-    accelerator.save_state(partial)
-    saved = {"processes": accelerator.num_processes, "progress": asdict(progress), "batches": batches.state_dict()}
-    progress_file(partial, accelerator).write_text(json.dumps(saved))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(partial, final)
-        for old in list_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    partial = final.with_suffix(PARTIAL)
+    main, failure = accelerator.is_main_process, f"{final} cannot be written, checkpoints from before are intact"
+    try:
+        with same_error(failure):
+            if main:
+                for left in final.parent.glob("*" + PARTIAL):  # by a process that was killed
+                    shutil.rmtree(left)
+                partial.mkdir(parents=True)
+        with same_error(failure):
+            write_process_state(partial, accelerator, state)
+        with same_error(failure):
+            if main:
+                write_shared_state(partial, accelerator, config, state)
+                write_manifest(partial)
+                if final.exists():  # damaged: a run resumed from an earlier one has come to this step again
+                    discard(final)
+                os.replace(partial, final)
+                sync(final.parent)
+                # Later ones are left alone: this one may be the only one that is whole.
+                before = [path for path in list_checkpoints(folder) if path < final]
+                for old in before[: max(0, len(before) + 1 - KEPT_CHECKPOINTS)]:
+                    discard(old)
+    except InputError:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def progress_file(checkpoint: Path, accelerator: Accelerator) -> Path:
-    """Each process has its own, like accelerate's random states: streams of data differ."""
-    return checkpoint / f"progress_{accelerator.process_index}.json"
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
+    """Restore all of `state` and the random states of this process.
 
-
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, batches: Any) -> Progress:
-    """Restore model, optimizer, schedule and random states, and the position of `batches`.
-
-    Raises InputError if the checkpoint is damaged, of another model, or of another number of processes.
+    Raises InputError if the checkpoint is of another model or of another number of processes.
     """
     try:
-        saved = json.loads(progress_file(checkpoint, accelerator).read_text())
-        if saved["processes"] != accelerator.num_processes:
-            raise InputError(f"saved by {saved['processes']} processes, resumed by {accelerator.num_processes}")
-        accelerator.load_state(checkpoint)
-        batches.load_state_dict(saved["batches"])
-        return Progress(**saved["progress"])
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint {checkpoint} cannot be resumed: {reason}") from error
+        shared = json.loads((checkpoint / "state.json").read_text())
+        if shared["processes"] != accelerator.num_processes:
+            raise InputError(f"saved by {shared['processes']} processes, resumed by {accelerator.num_processes}")
+        load_model(state.model, checkpoint / "model.safetensors")
+        tensors: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+            index, key = name.split(".")
+            tensors.setdefault(int(index), {})[key] = tensor
+        state.optimizer.load_state_dict({"state": tensors, "param_groups": shared["param_groups"]})
+        state.scheduler.load_state_dict(shared["scheduler"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(shared["scaler"])
+        state.progress = Progress(**shared["progress"])
+        process = json.loads(process_file(checkpoint, accelerator, "json").read_text())
+        state.batches.load_state_dict(process["batches"])
+        version, internal, gauss = process["python"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state(process["numpy"])
+        random_states = load_file(process_file(checkpoint, accelerator, "safetensors"))
+        torch.set_rng_state(random_states["cpu"])
+        if accelerator.device.type != "cpu":
+            torch.get_device_module(accelerator.device).set_rng_state(random_states["device"], accelerator.device)
+    except (SafetensorError, RuntimeError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"checkpoint {checkpoint} cannot be resumed: {one_line(error)[:200]}") from error
+
+
+def write_shared_state(folder: Path, accelerator: Accelerator, config: RunConfig, state: TrainingState) -> None:
+    optimizer = state.optimizer.state_dict()
+    tensors = {f"{i}.{key}": tensor for i, kept in optimizer["state"].items() for key, tensor in kept.items()}
+    shared = {
+        "processes": accelerator.num_processes,
+        "progress": asdict(state.progress),
+        "param_groups": optimizer["param_groups"],
+        "scheduler": state.scheduler.state_dict(),
+        "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
+    }
+    save_model(state.model, folder / "model.safetensors")
+    save_file(tensors, folder / "optimizer.safetensors")
+    (folder / "state.json").write_text(json.dumps(shared))
+    (folder / SETTINGS_FILE).write_text(settings_yaml(config))
+
+
+def write_process_state(folder: Path, accelerator: Accelerator, state: TrainingState) -> None:
+    random_states = {"cpu": torch.get_rng_state()}
+    if accelerator.device.type != "cpu":
+        random_states["device"] = torch.get_device_module(accelerator.device).get_rng_state(accelerator.device)
+    save_file(random_states, process_file(folder, accelerator, "safetensors"))
+    process = {"batches": state.batches.state_dict(), "python": random.getstate(), "numpy": np.random.get_state()}
+    process_file(folder, accelerator, "json").write_text(json.dumps(process, default=np.ndarray.tolist))
+
+
+def process_file(folder: Path, accelerator: Accelerator, extension: str) -> Path:
+    return folder / f"process_{accelerator.process_index}.{extension}"
+
+
+def write_manifest(folder: Path) -> None:
+    """Once this returns, the folder and all of its files are on the disk."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        sync(path)
+        digests[path.name] = sha256(path)
+    write_file(folder / MANIFEST_FILE, json.dumps(digests, indent=1))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint is not what was written, and why; None if all are."""
+    manifest = checkpoint / MANIFEST_FILE
+    try:
+        digests = json.loads(manifest.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{manifest}: {one_line(error)}"
+    if not isinstance(digests, dict) or not digests:
+        return f"{manifest}: not a mapping of files to digests"
+    for name, digest in digests.items():
+        path = checkpoint / name
+        if path.parent != checkpoint or not path.is_file():  # what else a damaged name leads to is not opened
+            return f"{path}: no such file, but {MANIFEST_FILE} lists it"
+        try:
+            actual = sha256(path)
+        except OSError as error:
+            return f"{path}: {one_line(error)}"
+        if actual != digest:
+            return f"{path}: its SHA-256 is not that of {MANIFEST_FILE}"
+    return None
+
+
+# ---- Files
+
+
+@contextmanager
+def same_error(what: str) -> Iterator[None]:
+    """An error of one process becomes the error of all: without it the others would wait for that process.
+
+    All processes leave the block together.
+    """
+    reason = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = f"{what}: {one_line(error)}"
+    if reasons := [reason for reason in gather_object([reason]) if reason]:
+        raise InputError(reasons[0])
+
+
+def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Replaces the model in `folder` file by file, each in one go: whatever happens, every file is whole."""
+    partial = folder / f"model{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for path in sorted(partial.rglob("*")):
+            target = folder / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                sync(path)
+                os.replace(path, target)
+        sync(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """In one go, and on the disk when it returns."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text)
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def discard(folder: Path) -> None:
+    """It loses its name first: a kill on the way leaves no half checkpoint."""
+    partial = folder.with_name(folder.name + ".old" + PARTIAL)
+    os.replace(folder, partial)
+    shutil.rmtree(partial)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -257,10 +257,12 @@ class StreamedWindows:
         self.sequence_length, self.rows = sequence_length, rows
         self.tokens: list[int] = []
         self.batches = self.document_batches()
+        self.position = documents.state_dict()
 
     def document_batches(self) -> Iterator[list[str]]:
         while True:
             for batch in self.documents.iter(batch_size=DOCUMENT_BATCH):
+                self.position = self.documents.state_dict()  # which does not tell a loaded position before it is read
                 yield batch["text"]
             self.documents.set_epoch(self.documents.epoch + 1)  # a loaded position holds for one epoch only
 
@@ -276,9 +278,9 @@ class StreamedWindows:
         return tokens.unfold(0, self.sequence_length + 1, self.sequence_length)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"documents": self.documents.state_dict(), "tokens": self.tokens}
+        return {"documents": self.position, "tokens": self.tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.documents.set_epoch(state["documents"]["epoch"])
         self.documents.load_state_dict(state["documents"])
-        self.tokens = state["tokens"]
+        self.position, self.tokens = state["documents"], state["tokens"]

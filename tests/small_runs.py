@@ -1,0 +1,39 @@
+"""Runs of train.py that take seconds."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from training.report import read_metrics
+
+TEXT = "".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(12))
+
+
+def write_config(folder: Path, **changes) -> str:
+    """The path of a configuration file, changed by "section.key" arguments; the run goes to `folder`/run."""
+    (folder / "corpus.txt").write_text(TEXT)
+    config = OmegaConf.create(
+        {
+            "model": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32},
+            "data": {"files": [str(folder / "corpus.txt")], "held_out_tokens": 200},
+            "train": {
+                "steps": 8,
+                "batch_size": 4,
+                "sequence_length": 16,
+                "learning_rate": 0.01,
+                "warmup_steps": 2,
+                "log_every_steps": 1,
+                "eval_every_steps": 4,
+                "save_every_steps": 4,
+                "output_dir": str(folder / "run"),
+            },
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value)
+    OmegaConf.save(config, folder / "config.yaml")
+    return str(folder / "config.yaml")
+
+
+def losses(folder: Path, key: str = "loss") -> list[float]:
+    return [row[key] for row in read_metrics(folder) if key in row]
