@@ -8,17 +8,17 @@ B batch (windows of one process and micro-batch), T time.
 
 import argparse
 import dataclasses
-import math
 import shlex
 import sys
 import time
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, gather_object, set_seed
 from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -40,11 +40,12 @@ from training.checkpoint import (
 from training.config import InputError, TrainConfig, load_config, nearest
 from training.data import RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
 from training.hub import push_folder
-from training.report import MetricsLog, held_out_scores, plot_loss_curve, write_model_card
+from training.report import MetricsLog, held_out_scores, plot_loss_curve, write_model_card, write_nonfinite
 from training.tokenizers import load_tokenizer
 
 EVALUATION_CHUNK_TOKENS = 4096
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
+EXIT_RESUME = 75  # by SIGTERM; EX_TEMPFAIL of sysexits.h: the same command with train.resume=true goes on
 
 
 def main(path: str, overrides: list[str]) -> int:
@@ -120,7 +121,6 @@ def main(path: str, overrides: list[str]) -> int:
         if accelerator.is_main_process:
             metrics.write({"step": progress.step, **values})
 
-    interrupted = False
     bar = tqdm(
         total=train.steps * step_tokens,
         initial=progress.step * step_tokens,
@@ -130,10 +130,12 @@ def main(path: str, overrides: list[str]) -> int:
         disable=not accelerator.is_main_process,
     )
     patience = train.early_stopping_patience or float("inf")
-    with bar, stop_on_signal(accelerator):
+    interrupted = False
+    with bar, stop_on_signal(accelerator) as signals:
         losses, timer = [], time.perf_counter()
         while progress.step < train.steps and progress.evaluations_since_best < patience and not interrupted:
             model.train()
+            batch_losses = []
             for windows in next(batches).to(accelerator.device).chunk(train.gradient_accumulation_steps):  # (B, T + 1)
                 inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
                 with accelerator.accumulate(training_model):
@@ -142,21 +144,31 @@ def main(path: str, overrides: list[str]) -> int:
                         inputs, labels=targets, shift_labels=targets, use_cache=False, logits_to_keep=NO_LOGITS
                     ).loss
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(training_model.parameters(), train.grad_clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.append(loss.detach())
+                batch_losses.append(loss.detach())
+            loss = accelerator.reduce(torch.stack(batch_losses).mean(), "mean")
+            grad_norm = gradient_norm(model)
+            if (loss + grad_norm).isfinite():
+                nn.utils.clip_grads_with_norm_(model.parameters(), train.grad_clip_norm, grad_norm)
+                optimizer.step()
+                losses.append(loss)
+            else:
+                report = write_nonfinite(accelerator, output_dir, state, batch_losses)
+                if train.on_nonfinite == "stop":
+                    raise InputError(
+                        f"the loss or a gradient is not finite at step {progress.step + 1}, see {report}: "
+                        "go on from the last checkpoint with a lower train.learning_rate or train.on_nonfinite=skip"
+                    )
+                progress.skipped_steps += 1
+                record(skipped_steps=progress.skipped_steps)
+            optimizer.zero_grad()
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
             progress.step += 1
             bar.update(step_tokens)
 
-            if progress.step % train.log_every_steps == 0:
-                loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-                steps_per_s = len(losses) / train.gradient_accumulation_steps / (time.perf_counter() - timer)
-                if not math.isfinite(loss):
-                    raise InputError(f"the training loss is {loss} at step {progress.step}: try a lower learning rate")
+            if progress.step % train.log_every_steps == 0 and losses:
+                loss = torch.stack(losses).mean().item()
+                steps_per_s = len(losses) / (time.perf_counter() - timer)
                 record(
                     loss=loss,
                     learning_rate=learning_rate,
@@ -198,10 +210,13 @@ def main(path: str, overrides: list[str]) -> int:
         command = shlex.join(["python", "train.py", path, *overrides])
         write_model_card(output_dir, config, model, progress, command)
         print(f"{output_dir} holds the model of step {progress.best_step}, held-out loss {progress.best_loss:.4f}")
+    exit_code = 0
+    if interrupted:
+        exit_code = EXIT_RESUME if SIGTERM in gather_object(signals) else EXIT_INTERRUPTED
     accelerator.end_training()
     if config.hub.push and not interrupted and accelerator.is_main_process:
         print(f"published as {push_folder(output_dir, config.hub)}")
-    return EXIT_INTERRUPTED if interrupted else 0
+    return exit_code
 
 
 def build_model(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> MinRNNForCausalLM:
@@ -252,6 +267,11 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig)
     return get_scheduler(name, optimizer, train.warmup_steps, train.steps, arguments)
 
 
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """L2 norm of all gradients, which stay as they are: a report of what is not finite needs them unclipped."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, stream: TokenStream, chunk_tokens: int = EVALUATION_CHUNK_TOKENS) -> float:
     """Mean loss in nats per token over the whole stream, every token but the first predicted once.
@@ -288,6 +308,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     try:
         sys.exit(main(arguments.config, arguments.overrides))
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a disk that is full or read-only, in its own words
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -303,16 +303,17 @@ def launch(*command, **environment):
     )
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(setting, tmp_path, train_main):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(setting, tmp_path, train_main, number, code):
     config = setting(**{"train.steps": 100_000, "train.eval_every_steps": 100_000})
     process = launch("train.py", config)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not losses(tmp_path / "run"):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == train.EXIT_INTERRUPTED, output
+    assert process.returncode == code, output
     assert "the same command with train.resume=true continues it" in output.splitlines()[-1]
     assert "Traceback" not in output
     step = max((tmp_path / "run" / "checkpoints").iterdir())
@@ -328,7 +329,7 @@ def test_two_processes_train_like_one(setting, tmp_path, train_main):
     assert two.returncode == 0, output
     assert "2 x cpu" in output
     assert train_main(config) == 0
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
     assert losses(tmp_path / "two", "held_out_loss") == pytest.approx(
         losses(tmp_path / "run", "held_out_loss"), rel=1e-5
     )
@@ -420,16 +421,3 @@ def test_a_checkpoint_of_another_architecture_is_refused(run, setting, tmp_path,
         train_main(setting(**{"train.resume": True}))
     assert "\n" not in str(error.value)
     assert snapshot(folder) == before
-
-
-def test_a_loss_that_is_not_a_number_ends_the_run(setting, monkeypatch, train_main):
-    build = train.build_model
-
-    def broken(*arguments):
-        model = build(*arguments)
-        torch.nn.init.constant_(model.lm_head.weight, float("nan"))
-        return model
-
-    monkeypatch.setattr(train, "build_model", broken)
-    with pytest.raises(InputError, match="^the training loss is nan at step 1"):
-        train_main(setting())

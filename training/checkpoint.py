@@ -54,6 +54,7 @@ class Progress:
     best_loss: float = float("inf")
     best_step: int = 0
     evaluations_since_best: int = 0
+    skipped_steps: int = 0  # for a loss or gradient that was not finite
 
 
 @dataclass
@@ -328,11 +329,20 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def stop_on_signal(accelerator: Accelerator) -> Iterator[None]:
-    """Ctrl-C and termination set accelerator's trigger, so that all processes can stop after the same step."""
-    previous = {number: signal(number, lambda *_: accelerator.set_trigger()) for number in (SIGINT, SIGTERM)}
+def stop_on_signal(accelerator: Accelerator) -> Iterator[list[int]]:
+    """Ctrl-C and termination set accelerator's trigger, so that all processes can stop after the same step.
+
+    Yields the signals that this process has got.
+    """
+    got: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        got.append(number)
+        accelerator.set_trigger()
+
+    previous = {number: signal(number, stop) for number in (SIGINT, SIGTERM)}
     try:
-        yield
+        yield got
     finally:
         for number, handler in previous.items():
             signal(number, handler)

@@ -81,6 +81,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip_norm: float = 1.0
+    # A loss or gradient that is infinite or not a number changes no parameter: the run stops, or skips the step.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     bf16: bool = False
     compile: bool = False

@@ -227,6 +227,7 @@ class RandomWindows:
             )
         self.stream, self.sequence_length, self.batch_size = stream, sequence_length, batch_size
         self.seed, self.rows, self.position = seed, rows, 0
+        self.window_starts: list[int] = []  # of the last batch, in the stream
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -235,7 +236,8 @@ class RandomWindows:
         generator = np.random.default_rng((self.seed, self.position))
         starts = generator.integers(len(self.stream) - self.sequence_length, size=self.batch_size)
         self.position += 1
-        return torch.stack([self.stream.read(start, start + self.sequence_length + 1) for start in starts[self.rows]])
+        self.window_starts = starts[self.rows].tolist()
+        return torch.stack([self.stream.read(start, start + self.sequence_length + 1) for start in self.window_starts])
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -258,6 +260,7 @@ class StreamedWindows:
         self.tokens: list[int] = []
         self.batches = self.document_batches()
         self.position = documents.state_dict()
+        self.read_tokens = 0
 
     def document_batches(self) -> Iterator[list[str]]:
         while True:
@@ -275,12 +278,18 @@ class StreamedWindows:
             self.tokens += chain.from_iterable(encode(next(self.batches), self.tokenizer))
         tokens = torch.tensor(self.tokens[: needed + 1])
         self.tokens = self.tokens[needed:]
+        self.read_tokens += needed
         return tokens.unfold(0, self.sequence_length + 1, self.sequence_length)
 
+    @property
+    def window_starts(self) -> list[int]:
+        """Of the last batch, in all that this process has read."""
+        return [self.read_tokens - left * self.sequence_length for left in range(self.rows, 0, -1)]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"documents": self.position, "tokens": self.tokens}
+        return {"documents": self.position, "tokens": self.tokens, "read_tokens": self.read_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.documents.set_epoch(state["documents"]["epoch"])
         self.documents.load_state_dict(state["documents"])
-        self.position, self.tokens = state["documents"], state["tokens"]
+        self.position, self.tokens, self.read_tokens = state["documents"], state["tokens"], state["read_tokens"]

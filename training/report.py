@@ -9,13 +9,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from modeling_minrnn import MinRNNConfig
 
-from .checkpoint import SETTINGS_FILE, Progress
+from .checkpoint import SETTINGS_FILE, Progress, TrainingState, write_file
 from .config import STDLIB, DataConfig, RunConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,6 +42,24 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS_FILE
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState, losses: list[torch.Tensor]) -> Path:
+    """Called by all processes after a backward pass with a loss or gradient that is not finite; returns the file.
+
+    It names the windows of the batch by their first token in the training data, the losses of each process and
+    micro-batch, and the L2 norm of each parameter and of its gradient.
+    """
+    path = folder / f"nonfinite-{state.progress.step + 1:08d}.json"
+    batch = gather_object([{"windows": state.batches.window_starts, "losses": torch.stack(losses).tolist()}])
+    if accelerator.is_main_process:
+        norms = {
+            name: {"parameter": parameter.norm().item(), "gradient": parameter.grad.norm().item()}
+            for name, parameter in state.model.named_parameters()
+            if parameter.grad is not None
+        }
+        write_file(path, json.dumps({"step": state.progress.step + 1, "processes": batch, "norms": norms}, indent=1))
+    return path
 
 
 def plot_loss_curve(folder: Path) -> None:
