@@ -1,6 +1,7 @@
 # make train   install into .venv, train configs/demo.yaml (minutes on two CPU cores), complete a prompt
 # make test    lint, types and all tests but those below, on two cores
 # make conformance   transformers' own tests of a model, those of FSDP among them, which take minutes
+# make soak   50 kills, 500 damaged files and 10,000 steps: the long forms of tests, some ten minutes on one core
 # Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
 
 PYTHON ?= python3
@@ -16,10 +17,13 @@ train: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not is_fsdp_test" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not is_fsdp_test and not soak" $(ARGS)
 
 conformance: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/conformance $(ARGS)
+
+soak: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --durations=0 $(ARGS)
 
 # torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
 .venv/installed: pyproject.toml constraints.txt
@@ -28,4 +32,4 @@ conformance: .venv/installed
 	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,serving,ecosystem,trackers,dev]'
 	touch $@
 
-.PHONY: train test conformance
+.PHONY: train test conformance soak

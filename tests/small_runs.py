@@ -1,9 +1,14 @@
 """Runs of train.py that take seconds."""
 
+import itertools
+import os
+import signal
+import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+import train
 from training.report import read_metrics
 
 TEXT = "".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(12))
@@ -37,3 +42,19 @@ def write_config(folder: Path, **changes) -> str:
 
 def losses(folder: Path, key: str = "loss") -> list[float]:
     return [row[key] for row in read_metrics(folder) if key in row]
+
+
+def train_until_killed(config: str, overrides: list[str], calls: int | None) -> None:
+    """To be called in a process of its own, which dies at the so many-th call that puts something on the disk."""
+    count = itertools.count()
+
+    def deadly(function):
+        def call(*arguments, **keywords):
+            if next(count) == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **keywords)
+
+        return call
+
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    sys.exit(train.main(config, overrides))
