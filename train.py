@@ -40,7 +40,14 @@ from training.checkpoint import (
 from training.config import InputError, TrainConfig, load_config, nearest
 from training.data import RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
 from training.hub import push_folder
-from training.report import MetricsLog, held_out_scores, plot_loss_curve, write_model_card, write_nonfinite
+from training.report import (
+    MetricsLog,
+    held_out_scores,
+    plot_loss_curve,
+    write_model_card,
+    write_nonfinite,
+    write_start,
+)
 from training.tokenizers import load_tokenizer
 
 EVALUATION_CHUNK_TOKENS = 4096
@@ -105,8 +112,10 @@ def main(path: str, overrides: list[str]) -> int:
         load_checkpoint(accelerator, checkpoint, state)
     progress = state.progress
     output_dir = Path(train.output_dir)
+    command = shlex.join(["python", "train.py", path, *overrides])
     if accelerator.is_main_process:
         open_output_dir(config)
+        write_start(output_dir, command, accelerator.num_processes, accelerator.device.type, progress.step)
         metrics = MetricsLog(output_dir, progress.step)
     accelerator.init_trackers(output_dir.name)
     step_tokens = train.batch_size * train.sequence_length
@@ -207,7 +216,6 @@ def main(path: str, overrides: list[str]) -> int:
         accelerator.print(f"stopped at step {progress.step}: the same command with train.resume=true continues it")
     elif accelerator.is_main_process:
         plot_loss_curve(output_dir)
-        command = shlex.join(["python", "train.py", path, *overrides])
         write_model_card(output_dir, config, model, progress, command)
         print(f"{output_dir} holds the model of step {progress.best_step}, held-out loss {progress.best_loss:.4f}")
     exit_code = 0

@@ -1,10 +1,11 @@
-"""What a run leaves for people: metrics as JSON lines, the loss curve as a picture, and the model card."""
+"""What a run leaves for people: metrics and starts as JSON lines, the loss curve as a picture, and the model card."""
 
 import json
 import math
 import platform
 import subprocess
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,29 +20,73 @@ from transformers import PreTrainedModel
 from modeling_minrnn import MinRNNConfig
 
 from .checkpoint import SETTINGS_FILE, Progress, TrainingState, write_file
-from .config import STDLIB, DataConfig, RunConfig
+from .config import STDLIB, DataConfig, InputError, RunConfig
 
 METRICS_FILE = "metrics.jsonl"
+METRICS_FILE_BYTES = 2**24
+STARTS_FILE = "starts.jsonl"
 LOSS_CURVE_FILE = "loss_curve.png"
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `folder`, after dropping what an interrupted run wrote beyond `last_step`."""
+    """Appends one JSON object a line to `folder`, after dropping what an interrupted run wrote beyond `last_step`.
+
+    A file of METRICS_FILE_BYTES gets a number, metrics-0001.jsonl and so on, and another is begun.
+    """
 
     def __init__(self, folder: Path, last_step: int):
         self.path = folder / METRICS_FILE
-        kept = [row for row in read_metrics(folder) if row["step"] <= last_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        for path in metrics_files(folder):
+            kept = [row for row in read_rows(path) if row["step"] <= last_step]
+            write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+            full = file.tell() >= METRICS_FILE_BYTES
+        if full:
+            number = len(metrics_files(self.path.parent))
+            self.path.replace(self.path.with_stem(f"{self.path.stem}-{number:04d}"))
+
+
+def metrics_files(folder: Path) -> list[Path]:
+    """Oldest first."""
+    current = folder / METRICS_FILE
+    return sorted(folder.glob(f"{current.stem}-*.jsonl")) + [current] * current.exists()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / METRICS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for path in metrics_files(folder) for row in read_rows(path)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Raises InputError for a line that is no row, save for the end of one that a run was killed over."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        try:
+            row = json.loads(line)
+            int(row["step"])
+            rows.append(row)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            if line.endswith(b"\n"):
+                raise InputError(f"{path}, line {number} is not a JSON object with a step: remove it") from error
+    return rows
+
+
+def write_start(folder: Path, command: str, processes: int, device: str, step: int) -> None:
+    """A line about each start of a run: when, from which step, with which command, code, versions and devices."""
+    start = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "step": step,
+        "command": command,
+        "commit": code_commit(),
+        "versions": versions(),
+        "processes": processes,
+        "device": device,
+    }
+    with (folder / STARTS_FILE).open("a") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState, losses: list[torch.Tensor]) -> Path:
@@ -143,18 +188,23 @@ def write_model_card(
     folder: Path, config: RunConfig, model: PreTrainedModel, progress: Progress, command: str
 ) -> None:
     """README.md of the model that a run has left in `folder`."""
-    packages = ("torch", "transformers", "accelerate", "datasets")
     trained = TrainedModel(
         parameters=model.num_parameters(),
         command=command,
         commit=code_commit(),
-        versions={"Python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        versions=versions(),
         best_step=progress.best_step,
         held_out_loss=progress.best_loss,
         loss_curve=LOSS_CURVE_FILE,
     )
     name = config.hub.repository or folder.resolve().name
     model_card(name, config, (folder / SETTINGS_FILE).read_text(), trained).save(folder / "README.md")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what decides about the results of a run."""
+    packages = ("torch", "transformers", "accelerate", "datasets")
+    return {"Python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def code_commit() -> str | None:
