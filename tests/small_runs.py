@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 import train
+from training import checkpoint
 from training.report import read_metrics
 
 TEXT = "".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(12))
@@ -45,16 +46,25 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
 
 
 def train_until_killed(config: str, overrides: list[str], calls: int | None) -> None:
-    """To be called in a process of its own, which dies at the so many-th call that puts something on the disk."""
+    """To be called in a process of its own, which dies at the so many-th step of writing a checkpoint."""
+    saving = False
     count = itertools.count()
 
     def deadly(function):
         def call(*arguments, **keywords):
-            if next(count) == calls:
+            if saving and next(count) == calls:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **keywords)
 
         return call
 
-    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+    def save_checkpoint(*arguments):
+        nonlocal saving
+        saving = True
+        checkpoint.save_checkpoint(*arguments)
+        saving = False
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (checkpoint, "save_file"), (checkpoint, "save_model")):
+        setattr(owner, name, deadly(getattr(owner, name)))
+    train.save_checkpoint = save_checkpoint
     sys.exit(train.main(config, overrides))

@@ -49,7 +49,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(run, setti
         elif killed % 2:
             calls, seconds = None, chance.uniform(0, 3)
         else:
-            calls, seconds = chance.randrange(150), None
+            calls, seconds = chance.randrange(60), None  # within the first four saves
         process = processes.Process(target=train_until_killed, args=(config, overrides, calls))
         process.start()
         process.join(seconds)
