@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_minrnn import MAX_ROLLBACK_TOKENS
 from .causal_conv import causal_conv, conv_taps, windows_after
 from .configuration_minrnn import MinRNNConfig
+from .context_parallel import all_gather, conv_windows
 from .scan import GATES, minrnn_scan, state_dtype
 
 try:
@@ -98,7 +99,7 @@ class MinRNNRecurrence(nn.Module):
             return like.new_zeros(batch_size, self.out_proj.in_features, dtype=dtype)
         return self.initial_state.to(dtype).expand(batch_size, -1)
 
-    def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False):
+    def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False, group=None):
         """hidden_states (B, T, H), state (B, D) -> output (B, T, H), states (B, T, D), final state (B, D).
 
         exact_states: return every state as precisely as the final one, whatever the dtype of the model.
@@ -112,6 +113,7 @@ class MinRNNRecurrence(nn.Module):
             padding_mask=padding_mask,
             reset_state=self.initial_state,
             backend=self.backend,
+            group=group,
         )
         return self.out_proj(states.to(projected.dtype)), states, final_state
 
@@ -160,8 +162,14 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         taps: Tensor | None = None,
         past_key_values: Cache | None = None,
         reverse_masks: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+        context_parallel_group: "torch.distributed.ProcessGroup | None" = None,
+        num_tokens: int | None = None,
     ) -> Tensor:
-        """reverse_masks: padding_mask, reset_mask and taps of the sequence read from its end, where bidirectional."""
+        """
+        Args:
+            reverse_masks: padding_mask, reset_mask and taps of the sequence read from its end, where bidirectional.
+            num_tokens: tokens that the cache moves on by, those of all ranks of the group; None for T.
+        """
         B, T, H = hidden_states.shape
         state = self.rnn.start(B, hidden_states)
         window = hidden_states.new_zeros(B, self.window_size, H)
@@ -171,13 +179,18 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
             record_past = past_key_values.layers[self.layer_idx].record_past
 
         conv_input = hidden_states
+        final_window = None
+        if context_parallel_group is not None and self.window_size:
+            window, final_window = conv_windows(conv_input, window, taps, context_parallel_group)
         if self.has_conv:
             hidden_states = hidden_states + self.conv(conv_input, window, taps)
             if reverse_masks is not None:
                 hidden_states = hidden_states + self.reverse_conv(conv_input.flip(1), window, reverse_masks[2]).flip(1)
         # A state to go back to must be as exact as the final one, whatever the dtype of the model.
         rnn_input = self.rnn_norm(hidden_states)
-        output, states, final_state = self.rnn(rnn_input, state, reset_mask, padding_mask, exact_states=record_past)
+        output, states, final_state = self.rnn(
+            rnn_input, state, reset_mask, padding_mask, exact_states=record_past, group=context_parallel_group
+        )
         if reverse_masks is not None:
             reverse_padding_mask, reverse_reset_mask, _ = reverse_masks
             start = self.reverse_rnn.start(B, rnn_input)
@@ -189,9 +202,9 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
 
         if past_key_values is not None:
             first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if record_past else T - 1
-            windows = windows_after(conv_input, window, taps, first)
+            windows = windows_after(conv_input, window, taps, first) if final_window is None else [final_window]
             past = [(states[:, t].clone(), w) for t, w in enumerate(windows, first)] if record_past else ()
-            past_key_values.update(final_state, windows[-1], self.layer_idx, num_tokens=T, past=past)
+            past_key_values.update(final_state, windows[-1], self.layer_idx, num_tokens=num_tokens or T, past=past)
         return hidden_states
 
 
@@ -292,6 +305,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         reset_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        context_parallel_group: "torch.distributed.ProcessGroup | None" = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -304,6 +318,10 @@ class MinRNNModel(MinRNNPreTrainedModel):
             reset_mask, seq_idx, cu_seq_lens_q, position_ids: where documents begin in a packed row, in this order of
                 precedence: (B, T) True at their first tokens; (B, T) number of the document; (documents + 1,)
                 boundaries in a batch of one row; (B, T), restarting at 0. Nothing is carried from one to the next.
+            context_parallel_group: the processes that the sequence is spread over, in the order of their ranks. Each
+                passes its chunk, (B, T) with a T of its own, and the masks of this chunk: reset_mask or position_ids,
+                as what numbers documents cannot tell whether one begins with the chunk. past_key_values are those of
+                the whole sequence, alike on all ranks. On gradients see `scan.minrnn_scan`.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or (given is input_ids and inputs_embeds is not None):
@@ -318,6 +336,13 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 "a bidirectional model reads whole sequences and has no state to go on from: pass use_cache=False and "
                 "no past_key_values"
             )
+        if context_parallel_group is not None:
+            if self.config.bidirectional:
+                raise ValueError("a bidirectional model reads a sequence in one process: no context_parallel_group")
+            if reset_mask is None and (seq_idx is not None or cu_seq_lens_q is not None):
+                raise ValueError(
+                    "with a context_parallel_group pass reset_mask or position_ids, not numbered documents"
+                )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         cache_layers = getattr(past_key_values, "layers", ())
@@ -328,6 +353,14 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 "past_key_values was not made for this model; pass DynamicCache(config=model.config), "
                 "StaticCache(config=model.config, max_cache_len=...) or what an earlier call returned"
             )
+
+        num_tokens = None
+        if context_parallel_group is not None and past_key_values is not None:
+            if any(layer.record_past for layer in cache_layers):
+                raise ValueError(
+                    "with a context_parallel_group past_key_values cannot record the states to go back to"
+                )
+            num_tokens = int(all_gather(torch.tensor([T], device=given.device), context_parallel_group).sum())
 
         padding_mask = _padding_mask(attention_mask, B, T)
         reset_mask = _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B, T)
@@ -345,6 +378,8 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 taps,
                 past_key_values=past_key_values,
                 reverse_masks=reverse_masks,
+                context_parallel_group=context_parallel_group,
+                num_tokens=num_tokens,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
@@ -457,7 +492,9 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (B, T) token ids, -100 where there is no loss; token t is predicted from those before it.
+            labels: (B, T) token ids, -100 where there is no loss; token t is predicted from those before it. With a
+                context_parallel_group pass shift_labels as well, which hold the token after each, and to weigh the
+                tokens of all ranks alike num_items_in_batch: the loss is the sum over this rank's tokens, over that.
             logits_to_keep: return the logits of the last so many tokens, or at these positions; 0 for all. The loss
                 is that of all labels whatever is kept. If not all are, it is computed in chunks, and the logits of
                 the whole batch are never in memory: `logits_to_keep=NO_LOGITS` for training.
@@ -475,6 +512,8 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
+        if labels is not None and kwargs.get("context_parallel_group") and kwargs.get("shift_labels") is None:
+            raise ValueError("with a context_parallel_group pass shift_labels: the next chunk is on another rank")
         if labels is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         elif labels is not None:

@@ -4,7 +4,7 @@ B batch, T time, D state width. Both cells are h[t] = a[t] * h[t-1] + (1 - a[t])
 depends on the input alone: a linear recurrence, which a scan solves over all T at once. `minrnn_scan` is the only way
 in. In this file, from top to bottom: the contract, one step, the step in a loop (the oracle), the paper's log-space
 listing (for comparison), and the portable "torch" implementation with its own backward. "numba" is in `scan_numba.py`,
-"triton" in `scan_triton.py`.
+"triton" in `scan_triton.py`; a sequence over several processes is put together in `context_parallel.py`.
 """
 
 import functools
@@ -30,6 +30,7 @@ def minrnn_scan(
     padding_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
     backend: str = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Solve h[t] = a[t] * h[t-1] + (1 - a[t]) * c[t] over a sequence.
 
@@ -52,6 +53,10 @@ def minrnn_scan(
             "triton_batch_invariant" (the same bits for a row whatever else is in the batch; slower where B * D is
             large enough to fill the device), "loop" (one step at a time) or "log" (the paper's listing: no masks,
             inexact on long sequences; for comparison).
+        group: the processes that the sequence is spread over, in the order of their ranks; None for this one alone.
+            Each passes its chunk, of any length, and the masks of this chunk; initial_state and final_state are those
+            of the whole sequence. The loss is the sum of those of the ranks, to which final_state counts on the last
+            alone; the gradients of what all ranks share are to be summed over the group. Not for "loop" and "log".
 
     Returns:
         states (B, T, D) in the dtype of `projected`; final_state (B, D), the state after the last token, in float32
@@ -75,9 +80,17 @@ def minrnn_scan(
     reset_state = reset_state.to(dtype)
 
     if backend == "log":
-        if reset_mask is not None or padding_mask is not None:
-            raise ValueError('the "log" backend takes no reset_mask and no padding_mask; use "torch"')
+        if reset_mask is not None or padding_mask is not None or group is not None:
+            raise ValueError('the "log" backend takes no reset_mask, no padding_mask and no group; use "torch"')
         return _log_space(projected, cell_type, initial_state)
+    if group is not None:
+        if backend == "loop":
+            raise ValueError('the "loop" backend reads a sequence in one process; use "torch" with a group')
+        from .context_parallel import ContextParallelScan
+
+        return ContextParallelScan.apply(
+            projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, backend, group
+        )
     needs_gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (projected, initial_state, reset_state)
     )

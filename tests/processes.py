@@ -1,0 +1,43 @@
+"""Functions in several processes of one gloo group, on the CPU."""
+
+import os
+import sys
+import tempfile
+import unittest.mock
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import forkserver
+from typing import Any
+
+import torch
+
+TIMEOUT = timedelta(minutes=1)  # of a collective: a test that waits for ever says nothing
+# The ranks are forked from a process that has imported these once and runs no threads.
+PRELOAD = ["modeling_minrnn", "torch.distributed.tensor"]
+
+
+def start_processes(function: Callable, arguments: tuple, count: int) -> None:
+    """Run function(rank, *arguments) in each of `count` processes; raises what one of them raised."""
+    torch.multiprocessing.set_forkserver_preload(PRELOAD)
+    with unittest.mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # it would not find the modules
+        forkserver.ensure_running()
+    torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
+
+
+def run_in_processes(function: Callable, count: int, *arguments: Any) -> list[Any]:
+    """What function(*arguments) returns in each of `count` processes of one group, by rank: tensors and plain data."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_join_group, (count, folder, function, arguments), count)
+        return [torch.load(f"{folder}/result-{rank}.pt") for rank in range(count)]
+
+
+def _join_group(rank: int, count: int, folder: str, function: Callable, arguments: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count, timeout=TIMEOUT
+    )
+    try:
+        torch.save(function(*arguments), f"{folder}/result-{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
