@@ -26,6 +26,9 @@ if scan_triton:
 EXACT = ["loop", *FUSED]  # all but the paper's listing
 OPERATORS = getattr(torch.ops, NAMESPACE)
 
+# Of the interpreter of triton 3.6, the oldest supported.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
 every_cell = pytest.mark.parametrize("cell_type", CELLS)
 every_fused_backend = pytest.mark.parametrize("backend", FUSED)
 every_exact_backend = pytest.mark.parametrize("backend", EXACT)

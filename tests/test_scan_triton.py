@@ -20,6 +20,9 @@ scan_triton = pytest.importorskip("modeling_minrnn.scan_triton", exc_type=Import
 BACKWARD_TILES, FORWARD_TILES, MIN_TILES = scan_triton.BACKWARD_TILES, scan_triton.FORWARD_TILES, scan_triton.MIN_TILES
 Plan, plan = scan_triton.Plan, scan_triton.plan
 CELLS = sorted(GATES)
+# Of the interpreter of triton 3.6, the oldest supported.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
 every_cell = pytest.mark.parametrize("cell_type", CELLS)
 
 
