@@ -10,7 +10,10 @@ speedup_of_linear_alone: what the speedup would be if the scan took no time.
 Targets, minGRU over nn.GRU and minLSTM over nn.LSTM:
 torch >= 2.5x the speed at (10, 100, 64, 1000) and >= 1.5x everywhere; numba >= 4.5x and >= 2x.
 
-    python benchmarks/layer.py [--only 10,100,64,1000] [--rounds 11]
+    python benchmarks/layer.py [--only 10,100,64,1000] [--rounds 11] [--matmul-precision medium]
+
+--matmul-precision medium: after torch.set_float32_matmul_precision("medium") nn.Linear is computed by oneDNN, as
+nn.LSTM always is. On a CPU with AMX that is in bfloat16, which the check of the errors refuses to time.
 """
 
 import copy
@@ -81,6 +84,7 @@ def measure(report: Report, case: tuple[int, int, int, int], cell_type: str) -> 
             input_hidden_batch_time=",".join(map(str, case)),
             cell=cell_type,
             backend=backend,
+            matmul_precision=report.options.matmul_precision,
             ms=1e3 * samples.seconds(backend),
             baseline=BASELINES[cell_type].__name__,
             baseline_ms=1e3 * samples.seconds("baseline"),
@@ -90,7 +94,11 @@ def measure(report: Report, case: tuple[int, int, int, int], cell_type: str) -> 
 
 
 def main() -> None:
-    report = Report(parser("layer", __doc__, rounds=11).parse_args())
+    flags = parser("layer", __doc__, rounds=11)
+    flags.add_argument("--matmul-precision", choices=["highest", "medium"], default="highest")
+    options = flags.parse_args()
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    report = Report(options)
     for case in CASES:
         for cell_type in BASELINES:
             if report.wants(f"{','.join(map(str, case))} {cell_type}"):
