@@ -23,7 +23,7 @@ conformance: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/conformance $(ARGS)
 
 soak: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --durations=0 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --durations=0 -o faulthandler_timeout=0 $(ARGS)
 
 # torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
 .venv/installed: pyproject.toml constraints.txt

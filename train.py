@@ -221,6 +221,10 @@ def main(path: str, overrides: list[str]) -> int:
     exit_code = 0
     if interrupted:
         exit_code = EXIT_RESUME if SIGTERM in gather_object(signals) else EXIT_INTERRUPTED
+    # DistributedDataParallel goes before the process group: as the group's last owner it would wait for the group's
+    # threads with the interpreter's lock in hand, for ever where one of them needs the lock to free a tensor.
+    del training_model
+    accelerator.free_memory()
     accelerator.end_training()
     if config.hub.push and not interrupted and accelerator.is_main_process:
         print(f"published as {push_folder(output_dir, config.hub)}")

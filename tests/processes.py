@@ -1,5 +1,6 @@
 """Functions in several processes of one gloo group, on the CPU."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -40,4 +41,5 @@ def _join_group(rank: int, count: int, folder: str, function: Callable, argument
     try:
         torch.save(function(*arguments), f"{folder}/result-{rank}.pt")
     finally:
+        gc.collect()  # DistributedDataParallel must not be the last owner of the process group, see train.py
         torch.distributed.destroy_process_group()

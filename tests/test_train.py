@@ -321,18 +321,42 @@ def test_ctrl_c_and_preemption_save_and_say_how_to_go_on(setting, tmp_path, trai
     assert train_main(config, ["train.resume=true", f"train.steps={int(step.name[5:]) + 1}"]) == 0
 
 
-def test_two_processes_train_like_one(setting, tmp_path, train_main):
-    command = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2-processes.yaml"]
-    config = setting()
-    two = launch(*command, "--main_process_port", "0", "train.py", config, f"train.output_dir={tmp_path / 'two'}")
+def run_two_processes(*command):
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2-processes.yaml"]
+    two = launch(*launcher, "--main_process_port", "0", *command, PYTHONPATH=str(ROOT))
     output, _ = two.communicate(timeout=300)
     assert two.returncode == 0, output
+    return output
+
+
+def test_two_processes_train_like_one(setting, tmp_path, train_main):
+    config = setting()
+    output = run_two_processes("train.py", config, f"train.output_dir={tmp_path / 'two'}")
     assert "2 x cpu" in output
     assert train_main(config) == 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
     assert losses(tmp_path / "two", "held_out_loss") == pytest.approx(
         losses(tmp_path / "run", "held_out_loss"), rel=1e-5
     )
+
+
+CHECKED_END = """
+import gc, sys, torch, train
+
+def checked(group=None):
+    assert torch.nn.parallel.DistributedDataParallel not in map(type, gc.get_objects())
+    print("no owner left")
+    destroy(group)
+
+destroy, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, checked
+sys.exit(train.main(sys.argv[1], []))
+"""
+
+
+def test_the_process_group_outlives_the_data_parallel_model(setting, tmp_path):
+    """The other way round, the end of a run waits for ever now and then: see train.py."""
+    (tmp_path / "script.py").write_text(CHECKED_END)
+    assert run_two_processes(tmp_path / "script.py", setting()).count("no owner left") == 2
 
 
 # ---- Bad input

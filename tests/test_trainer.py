@@ -173,7 +173,7 @@ def torchrun(tmp_path, pytestconfig):
 
 
 DATA_PARALLEL = """
-import sys, torch
+import gc, sys, torch
 import modeling_minrnn
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 
@@ -185,6 +185,9 @@ rows = torch.load(folder + "/rows.pt")
 run = Trainer(AutoModelForCausalLM.from_pretrained(folder + "/start"), arguments, train_dataset=rows)
 run.train()
 run.save_model(folder + "/trained")
+run.accelerator.free_memory()
+del run
+gc.collect()  # DistributedDataParallel must not be the last owner of the process group, see train.py
 torch.distributed.destroy_process_group()
 """
 
