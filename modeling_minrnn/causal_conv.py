@@ -15,7 +15,8 @@ def conv_taps(kernel_size: int, reset_mask: Tensor | None, padding_mask: Tensor 
     """Where each tap of each token reads: (B, T, K) positions along time in [window | x], -1 for nothing (zero).
 
     A token sees itself and the K - 1 real tokens before it in its document: padding is passed over, and nothing is
-    read from before a reset. `taps[:, t, 1:]` is therefore the window that is left after token t. Without masks tap k
+    read from before a reset. `taps[:, t, 1:]` is therefore the window that is left after token t, and a padding token
+    sees no more than that: what it sees does not depend on whether x begins before it or with it. Without masks tap k
     of token t reads t + k, and None says so.
     """
     mask = padding_mask if reset_mask is None else reset_mask
@@ -33,7 +34,10 @@ def conv_taps(kernel_size: int, reset_mask: Tensor | None, padding_mask: Tensor 
     source_document = document.gather(1, source).masked_fill(source_rank < 0, 0)
     source = torch.where(source_rank < 0, source_rank, source) + kernel_size - 1
     source = source.masked_fill(source_document != document.repeat_interleave(kernel_size, 1), -1)
-    return source.unflatten(1, (mask.shape[1], kernel_size))
+    taps = source.unflatten(1, (mask.shape[1], kernel_size))
+    if padding_mask is not None:
+        taps = taps.masked_fill(padding_mask[..., None] & (back == kernel_size - 1), -1)
+    return taps
 
 
 def causal_conv(

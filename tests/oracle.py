@@ -91,7 +91,7 @@ def conv(
     """A causal depthwise convolution (B, T, H), and the windows (B, T, K - 1, H) that its tokens leave; float64.
 
     y[t] = sum over j of weight[:, K - 1 - j] * (the j-th real token before t in the document of t). A padding token
-    sees what the last real token saw.
+    sees the K - 1 tokens of the window alone, where they are.
     """
     x, weight, window = x.double(), weight.double(), window.double()
     (B, T, H), K = x.shape, weight.shape[1]
@@ -104,6 +104,8 @@ def conv(
                 seen = [nothing] * K
             if padding_mask is None or not padding_mask[b, t]:
                 seen = [*seen[1:], x[b, t]]
+            else:
+                seen = [nothing, *seen[1:]]
             outputs.append(sum(weight[:, k] * seen[k] for k in range(K)))
             windows.append(torch.stack(seen)[1:])
     return torch.stack(outputs).view(B, T, H), torch.stack(windows).view(B, T, K - 1, H)
