@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .chunked_backward import sequence_chunked_backward
 from .configuration_minrnn import MinRNNConfig
 from .modeling_minrnn import (
     NO_LOGITS,
@@ -47,4 +48,5 @@ __all__ = [
     "load_state",
     "minrnn_scan",
     "save_state",
+    "sequence_chunked_backward",
 ]

@@ -1,0 +1,157 @@
+"""Exact gradients of a sequence of any length in the memory of one chunk.
+
+B batch, T time, D state width, H hidden size, K convolution kernel size. A chunk knows of the chunks before it by the
+state alone, (B, D) and the convolution window (B, K - 1, H) a layer. So the forward pass keeps only the states s[n]
+before each chunk n, and the backward pass recomputes one chunk at a time, from the last one to the first:
+
+    dL/ds[n] = dL_n/ds[n] + (ds[n+1]/ds[n])^T dL/ds[n+1],    L = sum over n of L_n, the loss of the tokens of chunk n.
+
+That is backpropagation through time, not cut anywhere.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+
+from .modeling_minrnn import NO_LOGITS, _padding_mask, _reset_mask
+
+
+def sequence_chunked_backward(
+    model: nn.Module, input_ids: Tensor, labels: Tensor, chunk_size: int, **kwargs
+) -> Tensor:
+    """Add the gradients of `model(input_ids, labels=labels, **kwargs).loss` to the parameters; return that loss.
+
+    Takes two forward passes and one backward pass. In memory at once are the activations of one chunk, and for each
+    chunk the states before it: B (D + (K - 1) H) numbers a layer. Every chunk being recomputed, gradient checkpointing
+    is off in the meantime; a smaller chunk_size saves more.
+
+    Dropout is drawn as by reading the chunks one after the other, and drawn again alike when they are recomputed.
+
+    Args:
+        model: MinRNNForCausalLM, or DistributedDataParallel around it, which then reduces the gradients once.
+        input_ids, labels: (B, T), as for the model: -100 where there is no loss, token t predicted from those before.
+        chunk_size: tokens at a time, >= 1.
+        kwargs: as for the model. attention_mask, whatever says where documents begin, and shift_labels are those of
+            the whole sequence; num_items_in_batch divides the summed loss, by default by the number of labels.
+            past_key_values, a dynamic cache to go on from, has afterwards the state after the last token, detached.
+
+    Raises:
+        ValueError: a chunk_size below 1, labels of another shape, a static cache, a bidirectional model, or a
+            context_parallel_group, which spreads a sequence over processes instead.
+    """
+    config: PreTrainedConfig = getattr(model, "module", model).config
+    cache = kwargs.pop("past_key_values", None)
+    if cache is None:
+        cache = DynamicCache(config=config)
+    shift_labels = kwargs.pop("shift_labels", None)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}")
+    for name, tensor in (("labels", labels), ("shift_labels", shift_labels)):
+        if tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} must be {tuple(input_ids.shape)} like input_ids, not {tuple(tensor.shape)}")
+    if any(layer.is_compileable for layer in cache.layers):
+        raise ValueError("past_key_values must be a dynamic cache: a static one is overwritten, and has no gradient")
+    if config.bidirectional or kwargs.get("context_parallel_group") is not None:
+        raise ValueError("only a model that reads forwards, in one process, can be differentiated chunk by chunk")
+
+    B, T = input_ids.shape
+    padding_mask = _padding_mask(kwargs.pop("attention_mask", None), B, T)
+    # Here and not in the chunks: where documents are numbered, the first token of a chunk does not tell of a new one.
+    reset_mask = _reset_mask(
+        kwargs.pop("reset_mask", None),
+        kwargs.pop("seq_idx", None),
+        kwargs.pop("cu_seq_lens_q", None),
+        kwargs.pop("position_ids", None),
+        padding_mask,
+        B,
+        T,
+    )
+    tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
+    if padding_mask is not None:
+        tensors["attention_mask"] = ~padding_mask
+    if reset_mask is not None:
+        tensors["reset_mask"] = reset_mask
+    chunks = [dict(zip(tensors, parts)) for parts in zip(*(x.split(chunk_size, 1) for x in tensors.values()))]
+    kwargs |= {"use_cache": False, "logits_to_keep": NO_LOGITS}  # given a cache, the model updates it all the same
+    if kwargs.get("num_items_in_batch") is None:
+        kwargs["num_items_in_batch"] = (shift_labels != -100).sum()
+
+    with _no_gradient_checkpointing(model):
+        starts = []
+        with torch.no_grad():
+            for chunk in chunks:
+                starts.append((_snapshot(cache), RandomState(input_ids)))
+                model(**chunk | {"labels": None}, past_key_values=cache, **kwargs)
+
+        losses: list[Tensor] = []
+        d_ends: list[Tensor | None] = [None] * len(_tensors(cache))
+        while chunks:
+            chunk, (state, random_state) = chunks.pop(), starts.pop()
+            if chunks:
+                for layer in state.layers:
+                    layer.keys, layer.values = layer.keys.requires_grad_(), layer.values.requires_grad_()
+            leaves = _tensors(state)
+            # Of several processes: gradients are reduced with those of the first chunk, which are the last to come.
+            with getattr(model, "no_sync", nullcontext)() if chunks else nullcontext():
+                with random_state.replayed():
+                    loss = model(**chunk, past_key_values=state, **kwargs).loss
+                roots = [(end, d_end) for end, d_end in zip(_tensors(state), d_ends) if end.requires_grad]
+                roots = [(loss, None), *(root for root in roots if root[1] is not None)]
+                ends, gradients = zip(*roots)
+                with torch.autocast(input_ids.device.type, enabled=False):
+                    torch.autograd.backward(ends, gradients)
+            d_ends = [leaf.grad for leaf in leaves] if chunks else []
+            losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def _snapshot(cache: Cache) -> Cache:
+    """The same states in a cache of its own: to update one leaves the other as it is."""
+    snapshot = copy.copy(cache)
+    snapshot.layers = [copy.copy(layer) for layer in cache.layers]
+    return snapshot
+
+
+def _tensors(cache: Cache) -> list[Tensor]:
+    return [tensor for layer in cache.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+
+
+@contextmanager
+def _no_gradient_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Checkpointed layers take no cache."""
+    modules: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+class RandomState:
+    """The random state of the CPU and of the device of a tensor, to draw the same dropout again."""
+
+    def __init__(self, like: Tensor):
+        self.device_type = like.device.type
+        self.cpu = torch.get_rng_state()
+        self.devices, self.states = get_device_states(like)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        with torch.random.fork_rng(self.devices, device_type=self.device_type):
+            torch.set_rng_state(self.cpu)
+            set_device_states(self.devices, self.states, device_type=self.device_type)
+            yield
+
+
+__all__ = ["sequence_chunked_backward"]
