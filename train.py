@@ -3,7 +3,7 @@
 `accelerate launch [--config_file configs/accelerate/NAME.yaml] train.py ...` does the same on one or several devices.
 The script reads top to bottom: config -> data -> model -> loop -> save. training/ holds what it calls.
 
-B batch (windows of one process and micro-batch), T time.
+B batch (windows of one process and micro-batch), T time (of the process, where several share a sequence).
 """
 
 import argparse
@@ -40,6 +40,7 @@ from training.checkpoint import (
 from training.config import InputError, TrainConfig, load_config, nearest
 from training.data import RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
 from training.hub import push_folder
+from training.parallel import share_batch
 from training.report import (
     MetricsLog,
     held_out_scores,
@@ -73,12 +74,7 @@ def main(path: str, overrides: list[str]) -> int:
         project_dir=train.output_dir,
     )
     checkpoint = check_output_dir(config, accelerator.print)
-    shares = accelerator.num_processes * train.gradient_accumulation_steps
-    if train.batch_size % shares:
-        raise InputError(
-            f"train.batch_size is {train.batch_size}: must be a multiple of {shares}, "
-            f"{accelerator.num_processes} processes times train.gradient_accumulation_steps"
-        )
+    share = share_batch(accelerator, train)
 
     # ---- Data
     with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
@@ -86,12 +82,12 @@ def main(path: str, overrides: list[str]) -> int:
         tokenizer = load_tokenizer(config.data.tokenizer, (document["text"] for document in documents))
         held_out = token_stream(held_out_documents, tokenizer, config.data.held_out_tokens)
         if config.data.streaming:
-            own_documents = split_dataset_by_node(documents, accelerator.process_index, accelerator.num_processes)
-            own_rows = train.batch_size // accelerator.num_processes
+            own_documents = split_dataset_by_node(documents, share.data_rank, share.data_ranks)
+            own_rows = train.batch_size // share.data_ranks
             batches = StreamedWindows(own_documents, tokenizer, train.sequence_length, own_rows)
         else:
             stream = token_stream(documents, tokenizer)
-            own_rows = slice(accelerator.process_index, None, accelerator.num_processes)
+            own_rows = slice(share.data_rank, None, share.data_ranks)
             batches = RandomWindows(stream, train.sequence_length, train.batch_size, train.seed, own_rows)
 
     # ---- Model
@@ -146,11 +142,18 @@ def main(path: str, overrides: list[str]) -> int:
             model.train()
             batch_losses = []
             for windows in next(batches).to(accelerator.device).chunk(train.gradient_accumulation_steps):  # (B, T + 1)
-                inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+                inputs, targets = share.chunk(windows[:, :-1]), share.chunk(windows[:, 1:])  # (B, T)
                 with accelerator.accumulate(training_model):
                     # shift_labels: the targets are shifted already, so that each of the T positions predicts a token.
+                    # num_items_in_batch: the mean over processes is one over tokens, though chunks differ in length.
                     loss = training_model(
-                        inputs, labels=targets, shift_labels=targets, use_cache=False, logits_to_keep=NO_LOGITS
+                        inputs,
+                        labels=targets,
+                        shift_labels=targets,
+                        num_items_in_batch=windows[:, 1:].numel() / share.context_ranks,
+                        context_parallel_group=share.context_group,
+                        use_cache=False,
+                        logits_to_keep=NO_LOGITS,
                     ).loss
                     accelerator.backward(loss)
                 batch_losses.append(loss.detach())

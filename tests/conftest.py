@@ -1,5 +1,6 @@
 """Every test runs offline, on one thread, with caches of its own and the same examples each time."""
 
+import json
 import os
 import tempfile
 from collections import Counter
@@ -26,6 +27,17 @@ def setting(tmp_path):
     from small_runs import write_config
 
     return lambda **changes: write_config(tmp_path, **changes)
+
+
+@pytest.fixture
+def streaming(tmp_path):
+    """Settings of a streamed data set so short that a run reads it more than once."""
+    from small_runs import TEXT
+
+    (tmp_path / "corpus").mkdir()
+    rows = [json.dumps({"text": line}) for line in TEXT.splitlines()[:20]]
+    (tmp_path / "corpus" / "train.jsonl").write_text("\n".join(rows))
+    return {"data": {"files": [], "dataset": str(tmp_path / "corpus"), "streaming": True, "held_out_tokens": 20}}
 
 
 @pytest.fixture

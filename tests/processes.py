@@ -14,7 +14,7 @@ import torch
 
 TIMEOUT = timedelta(minutes=1)  # of a collective: a test that waits for ever says nothing
 # The ranks are forked from a process that has imported these once and runs no threads.
-PRELOAD = ["modeling_minrnn", "torch.distributed.tensor"]
+PRELOAD = ["modeling_minrnn", "torch.distributed.tensor", "train"]
 
 
 def start_processes(function: Callable, arguments: tuple, count: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from small_runs import TEXT, losses
+from small_runs import losses
 
 import training.checkpoint
 from training.checkpoint import Progress, TrainingState, damage, list_checkpoints, load_checkpoint, save_checkpoint
@@ -34,15 +34,6 @@ SETTINGS = {
     "train.eval_every_steps": 1,
     "train.save_every_steps": 1,
 }
-
-
-@pytest.fixture
-def streaming(tmp_path):
-    """A data set so short that a run reads it more than once."""
-    (tmp_path / "corpus").mkdir()
-    rows = [json.dumps({"text": line}) for line in TEXT.splitlines()[:20]]
-    (tmp_path / "corpus" / "train.jsonl").write_text("\n".join(rows))
-    return {"data": {"files": [], "dataset": str(tmp_path / "corpus"), "streaming": True, "held_out_tokens": 20}}
 
 
 @pytest.fixture

@@ -69,6 +69,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     # Predictions per sequence: the model reads this many tokens, and one more is the last target.
     sequence_length: int = MISSING
+    # Processes that share each sequence, a chunk each: for sequences too long for the memory of one device.
+    context_parallel_size: int = 1
     seed: int = 0
 
     learning_rate: float = MISSING
@@ -103,11 +105,17 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "log_every_steps",
-                     "eval_every_steps", "save_every_steps", "sample_tokens", "early_stopping_patience"):  # fmt: skip
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "context_parallel_size",
+                     "log_every_steps", "eval_every_steps", "save_every_steps", "sample_tokens",
+                     "early_stopping_patience"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"train.{name} is {value}: must be at least 1")
+        if self.context_parallel_size > self.sequence_length:
+            raise InputError(
+                f"train.context_parallel_size is {self.context_parallel_size}: must be at most train.sequence_length, "
+                f"{self.sequence_length}"
+            )
         for name in ("learning_rate", "grad_clip_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"train.{name} is {getattr(self, name)}: must be positive")
