@@ -38,7 +38,7 @@ from training.checkpoint import (
     stop_on_signal,
 )
 from training.config import InputError, TrainConfig, load_config, nearest
-from training.data import RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
+from training.data import IGNORED, RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
 from training.hub import push_folder
 from training.parallel import share_batch
 from training.report import (
@@ -49,6 +49,7 @@ from training.report import (
     write_nonfinite,
     write_start,
 )
+from training.tasks import HeldOutQuestions, load_task
 from training.tokenizers import load_tokenizer
 
 EVALUATION_CHUNK_TOKENS = 4096
@@ -77,18 +78,21 @@ def main(path: str, overrides: list[str]) -> int:
     share = share_batch(accelerator, train)
 
     # ---- Data
-    with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
-        documents, held_out_documents = load_documents(config.data)
-        tokenizer = load_tokenizer(config.data.tokenizer, (document["text"] for document in documents))
-        held_out = token_stream(held_out_documents, tokenizer, config.data.held_out_tokens)
-        if config.data.streaming:
-            own_documents = split_dataset_by_node(documents, share.data_rank, share.data_ranks)
-            own_rows = train.batch_size // share.data_ranks
-            batches = StreamedWindows(own_documents, tokenizer, train.sequence_length, own_rows)
-        else:
-            stream = token_stream(documents, tokenizer)
-            own_rows = slice(share.data_rank, None, share.data_ranks)
-            batches = RandomWindows(stream, train.sequence_length, train.batch_size, train.seed, own_rows)
+    own_rows = slice(share.data_rank, None, share.data_ranks)
+    if config.data.task:
+        tokenizer, batches, held_out = load_task(config, own_rows)
+    else:
+        with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
+            documents, held_out_documents = load_documents(config.data)
+            tokenizer = load_tokenizer(config.data.tokenizer, (document["text"] for document in documents))
+            held_out = token_stream(held_out_documents, tokenizer, config.data.held_out_tokens)
+            if config.data.streaming:
+                own_documents = split_dataset_by_node(documents, share.data_rank, share.data_ranks)
+                own_streams = train.batch_size // share.data_ranks
+                batches = StreamedWindows(own_documents, tokenizer, train.sequence_length, own_streams)
+            else:
+                stream = token_stream(documents, tokenizer)
+                batches = RandomWindows(stream, train.sequence_length, train.batch_size, train.seed, own_rows)
 
     # ---- Model
     set_seed(train.seed)
@@ -141,8 +145,9 @@ def main(path: str, overrides: list[str]) -> int:
         while progress.step < train.steps and progress.evaluations_since_best < patience and not interrupted:
             model.train()
             batch_losses = []
-            for windows in next(batches).to(accelerator.device).chunk(train.gradient_accumulation_steps):  # (B, T + 1)
-                inputs, targets = share.chunk(windows[:, :-1]), share.chunk(windows[:, 1:])  # (B, T)
+            batch = next(batches).to(accelerator.device)  # (2, rows of this process, T of the sequence)
+            for rows in batch.chunk(train.gradient_accumulation_steps, dim=1):
+                inputs, targets = (share.chunk(tokens) for tokens in rows)  # (B, T)
                 with accelerator.accumulate(training_model):
                     # shift_labels: the targets are shifted already, so that each of the T positions predicts a token.
                     # num_items_in_batch: the mean over processes is one over tokens, though chunks differ in length.
@@ -150,7 +155,7 @@ def main(path: str, overrides: list[str]) -> int:
                         inputs,
                         labels=targets,
                         shift_labels=targets,
-                        num_items_in_batch=windows[:, 1:].numel() / share.context_ranks,
+                        num_items_in_batch=(rows[1] != IGNORED).sum() / share.context_ranks,
                         context_parallel_group=share.context_group,
                         use_cache=False,
                         logits_to_keep=NO_LOGITS,
@@ -192,19 +197,22 @@ def main(path: str, overrides: list[str]) -> int:
 
             if progress.step % train.eval_every_steps == 0 or progress.step == train.steps:
                 started = time.perf_counter()
-                loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+                scores = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
                 if accelerator.is_main_process:
-                    loss += evaluate(model, held_out)
-                loss = broadcast(loss).item()  # one number for all: each process decides below whether to go on
+                    scores += torch.tensor(evaluate(model, held_out))
+                loss, accuracy = broadcast(scores).tolist()  # the same for all: each decides below whether to go on
                 progress.evaluations_since_best += 1
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
                     with same_error(f"{output_dir}: the model cannot be written, the one from before is intact"):
                         if accelerator.is_main_process:
                             save_best_model(output_dir, model, tokenizer)
-                record(**held_out_scores(loss, config.data))
+                record(**held_out_scores(loss, config.data), held_out_accuracy=accuracy)
                 if accelerator.is_main_process:
-                    bar.write(f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}")
+                    bar.write(
+                        f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}, "
+                        f"accuracy {accuracy:.1%}"
+                    )
                     for prompt in train.sample_prompts:
                         bar.write(sample(model, tokenizer, prompt, train.sample_tokens, train.seed))
                 timer += time.perf_counter() - started
@@ -288,20 +296,25 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, stream: TokenStream, chunk_tokens: int = EVALUATION_CHUNK_TOKENS) -> float:
-    """Mean loss in nats per token over the whole stream, every token but the first predicted once.
+def evaluate(
+    model: PreTrainedModel, held_out: TokenStream | HeldOutQuestions, chunk_tokens: int = EVALUATION_CHUNK_TOKENS
+) -> tuple[float, float]:
+    """Mean loss in nats per target and the share of targets to which the model gives most probability.
 
-    The stream is read in order with the recurrent state carried from chunk to chunk, so the result is that of a single
+    A stream is read in order with the recurrent state carried from chunk to chunk, so the result is that of a single
     forward pass over all of it: nothing is drawn at random, and batch and sequence length of training do not matter.
     """
     model.eval()
-    total, cache = 0.0, None
-    for start in range(0, len(stream) - 1, chunk_tokens):
-        tokens = stream.read(start, start + chunk_tokens + 1).to(model.device)
-        output = model(tokens[None, :-1], past_key_values=cache, use_cache=True)
+    loss, right, count, cache = 0.0, 0, 0, None
+    for inputs, targets in held_out.batches(chunk_tokens):
+        output = model(inputs.to(model.device), past_key_values=cache, use_cache=held_out.is_one_text)
         cache = output.past_key_values
-        total += nn.functional.cross_entropy(output.logits[0].float(), tokens[1:], reduction="sum").item()
-    return total / (len(stream) - 1)
+        scored = targets != IGNORED
+        logits, targets = output.logits[scored].float(), targets[scored].to(model.device)
+        loss += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        right += (logits.argmax(-1) == targets).sum().item()
+        count += len(targets)
+    return loss / count, right / count
 
 
 def sample(

@@ -33,7 +33,7 @@ def shakespeare() -> ModelCard:
         command="python train.py configs/shakespeare-char-cpu.yaml data.files=[input.txt]",
         commit=row["commit"] + ("-dirty" if row["dirty"] else ""),
         versions={"Python": row["python"]} | row["versions"],
-        held_out_loss=row["held_out_loss"]["value"],
+        scores={"held_out_loss": row["held_out_loss"]["value"]},
     )
     return model_card("shakespeare-char-cpu", config, settings, trained)
 

@@ -229,9 +229,9 @@ def windows(length=1000, seed=0, rows=slice(None), sequence_length=16, batch_siz
 def test_windows_are_stretches_of_the_stream_and_reach_both_of_its_ends(length, data):
     sequence_length = data.draw(st.integers(1, length - 1))
     batches = windows(length, sequence_length=sequence_length, batch_size=600)
-    batch = next(batches)
-    assert (batch == batch[:, :1] + torch.arange(sequence_length + 1)).all()
-    assert (batch.min(), batch.max()) == (0, length - 1)
+    inputs, targets = next(batches)
+    assert (inputs == inputs[:, :1] + torch.arange(sequence_length)).all() and (targets == inputs + 1).all()
+    assert (inputs.min(), targets.max()) == (0, length - 1)
 
 
 def test_batches_depend_on_the_seed_and_the_position_alone():
@@ -248,7 +248,7 @@ def test_batches_depend_on_the_seed_and_the_position_alone():
 def test_processes_share_out_the_rows_of_one_batch():
     whole = next(windows())
     parts = [next(windows(rows=slice(process, None, 3))) for process in range(3)]
-    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+    assert torch.equal(torch.stack(parts, 2).flatten(1, 2), whole)
 
 
 def test_a_sequence_longer_than_the_corpus_is_refused():
@@ -266,7 +266,7 @@ def streamed(folder, sequence_length=7, rows=3):
 def test_streamed_windows_predict_every_token_once_and_start_over_at_the_end(folder):
     documents, batches = streamed(folder)
     epoch = [token for text in texts(documents) for token in (*text.encode(), EOS)]
-    predicted = torch.cat([next(batches)[:, 1:].flatten() for _ in range(2 * len(epoch) // 21 + 1)]).tolist()
+    predicted = torch.cat([next(batches)[1].flatten() for _ in range(2 * len(epoch) // 21 + 1)]).tolist()
     assert predicted == (epoch * 3)[1 : len(predicted) + 1]
 
 

@@ -78,6 +78,14 @@ def test_processes_that_share_a_sequence_read_the_same_stream(
     assert_same_run(tmp_path / "several", tmp_path / "run", 1e-5)
 
 
+def test_processes_that_share_a_question_score_its_answer_once(setting, train_main, tmp_path, train_in_processes):
+    task = {"data.files": [], "data.task": "parity", "data.task_lengths": [1, 14], "data.held_out_lengths": [3, 9]}
+    config = setting(**SETTINGS | task)
+    train_in_processes(2, config, "train.context_parallel_size=2", f"train.output_dir={tmp_path / 'several'}")
+    assert train_main(config) == 0
+    assert_same_run(tmp_path / "several", tmp_path / "run", 1e-5)
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_resumed_run_over_contexts_equals_one_that_was_never_stopped(setting, tmp_path, train_in_processes, count):
     settings = {"train.steps": 4, "train.save_every_steps": 2, "model.dropout": 0.1, "train.context_parallel_size": 2}

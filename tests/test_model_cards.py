@@ -80,7 +80,8 @@ def test_the_card_of_a_run_says_how_the_model_was_made_and_how_good_it_is(tmp_pa
     folder = tmp_path / "run"
     data, metrics, text = read(folder / "README.md", "mit")
     best = min((row for row in read_metrics(folder) if "held_out_loss" in row), key=lambda row: row["held_out_loss"])
-    assert metrics == {key: pytest.approx(best[key], abs=5e-5) for key in ("held_out_loss", "bits_per_byte")}
+    scores = ("held_out_loss", "held_out_accuracy", "bits_per_byte")
+    assert metrics == {key: pytest.approx(best[key], abs=5e-5) for key in scores}
     assert data["model-index"][0]["name"] == "someone/times" and "datasets" not in data
     assert "A minLSTM language model" in text and "loss_curve.png" in text
     assert f"step {best['step']}, after {best['step'] * 64:,} tokens" in text

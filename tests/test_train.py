@@ -129,7 +129,7 @@ def test_the_model_folder_keeps_the_best_evaluation_not_the_last(run):
     model = AutoModelForCausalLM.from_pretrained(folder)
     _, documents = load_documents(load_config(str(folder / "run.yaml"), []).data)
     stream = token_stream(documents, byte_tokenizer(), 200)
-    assert train.evaluate(model, stream) == pytest.approx(min(held_out), rel=1e-6)
+    assert train.evaluate(model, stream)[0] == pytest.approx(min(held_out), rel=1e-6)
 
 
 def test_training_stops_early_without_a_new_best(run):
@@ -220,7 +220,9 @@ def test_evaluation_in_chunks_equals_one_forward_pass_over_everything(cell_type,
         logits = model(tokens[None]).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits.double(), tokens[1:]).item()
     stream = TokenStream([tokens[:33].numpy(), tokens[33:].numpy()])
-    assert train.evaluate(model, stream, chunk_tokens) == pytest.approx(expected, rel=1e-6)
+    loss, accuracy = train.evaluate(model, stream, chunk_tokens)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert accuracy == pytest.approx((logits.argmax(-1) == tokens[1:]).double().mean().item())
     assert expected > 4.5  # not the loss of a uniform prediction, 3.9
 
 

@@ -97,12 +97,13 @@ def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | N
 def check_same_settings(file: Path, config: RunConfig) -> None:
     """A run may be resumed with other `train` settings (say, more steps), but not with another model or data."""
     before = OmegaConf.to_container(OmegaConf.load(file))
+    now = OmegaConf.to_container(OmegaConf.create(settings_yaml(config)))  # as a file has them: lists, no tuples
     for section in ("model", "data"):
-        now = OmegaConf.to_container(OmegaConf.structured(config)[section])
-        for key in sorted(now.keys() | before[section].keys()):
-            if now.get(key) != before[section].get(key):
+        for key in sorted(now[section].keys() | before[section].keys()):
+            if now[section].get(key) != before[section].get(key):
                 raise InputError(
-                    f"train.resume: {section}.{key} is {now.get(key)}, but {file} has {before[section].get(key)}"
+                    f"train.resume: {section}.{key} is {now[section].get(key)}, "
+                    f"but {file} has {before[section].get(key)}"
                 )
 
 

@@ -21,7 +21,7 @@ class InputError(ValueError):
 
 @dataclass
 class DataConfig:
-    """Which text is read, how it is split and which tokenizer encodes it. Either `dataset` or `files` is set."""
+    """Which text is read, how it is split and which tokenizer encodes it. `dataset`, `files` or `task` is set."""
 
     # "python-stdlib" (the running Python's own source, nothing is downloaded), a Hub data set id, or a local folder of
     # parquet, JSON lines or CSV files: whatever datasets.load_dataset takes, with its configuration and columns.
@@ -37,6 +37,12 @@ class DataConfig:
     files: list[str] = field(default_factory=list)
     held_out_files: list[str] = field(default_factory=list)
 
+    # A synthetic task of training/tasks.py, which has a tokenizer of its own, with the lengths of the shortest and the
+    # longest question; train.sequence_length is what the longest takes together with its answer.
+    task: str | None = None
+    task_lengths: tuple[int, int] = (1, 40)
+    held_out_lengths: tuple[int, int] = (40, 256)
+
     # Without a held-out split or files: this fraction of the documents (chosen by a hash, so that neither order nor
     # seed matters), or for `files` this fraction of the characters, from the end.
     held_out_fraction: float = 0.1
@@ -47,8 +53,8 @@ class DataConfig:
     tokenizer: str = "byte"
 
     def check(self) -> None:
-        if bool(self.dataset) == bool(self.files):
-            raise InputError(f"data: set either data.dataset (e.g. {STDLIB}) or data.files")
+        if bool(self.dataset) + bool(self.files) + bool(self.task) != 1:
+            raise InputError(f"data: set one of data.dataset (e.g. {STDLIB}), data.files and data.task")
         if not 0 < self.held_out_fraction < 1:
             raise InputError(f"data.held_out_fraction is {self.held_out_fraction}: must be between 0 and 1")
         if self.held_out_files and not self.files:

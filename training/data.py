@@ -1,6 +1,7 @@
 """Documents, their split into training and held-out text, and the streams of tokens that batches are read from.
 
-B batch (the rows of this process), T time. Documents are a data set with the column "text"; end tokens separate them.
+B batch (the rows of this process), T time. A batch (2, B, T) is inputs and targets. Documents are a data set with the
+column "text"; end tokens separate them.
 """
 
 import glob
@@ -26,6 +27,7 @@ PIECE_CHARACTERS = 2**14
 PIECES_AT_ONCE = 64
 # Documents tokenised per call.
 DOCUMENT_BATCH = 64
+IGNORED = -100  # a target that the loss leaves out, by torch's convention
 
 
 def load_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
@@ -162,12 +164,19 @@ def cut(text: str) -> Iterator[str]:
 class TokenStream:
     """A sequence of token ids over arrays that stay where they are: memory-mapped where the data set is on disk."""
 
+    is_one_text = True
+
     def __init__(self, arrays: list[np.ndarray]):
         self.arrays = arrays
         self.starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def batches(self, chunk_tokens: int) -> Iterator[torch.Tensor]:
+        """One chunk after the other as inputs and targets (2, 1, T); every token but the first is a target once."""
+        for start in range(0, len(self) - 1, chunk_tokens):
+            yield inputs_and_targets(self.read(start, start + chunk_tokens + 1)[None])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Tokens start to stop - 1 as int64 (stop - start,), fewer past the end."""
@@ -209,8 +218,13 @@ def token_stream(
     return stream
 
 
+def inputs_and_targets(windows: torch.Tensor) -> torch.Tensor:
+    """Of windows (B, T + 1): all tokens but the last, and the next of each (2, B, T)."""
+    return torch.stack([windows[:, :-1], windows[:, 1:]])
+
+
 class RandomWindows:
-    """Endless batches (B, T + 1) of windows that start anywhere in a stream.
+    """Endless batches (2, B, T), inputs and targets, of windows that start anywhere in a stream.
 
     Batch n is a function of (seed, n) alone: its position is all there is to resume, and any number of processes that
     each take their `rows` of the same batch train on the same data.
@@ -237,7 +251,8 @@ class RandomWindows:
         starts = generator.integers(len(self.stream) - self.sequence_length, size=self.batch_size)
         self.position += 1
         self.window_starts = starts[self.rows].tolist()
-        return torch.stack([self.stream.read(start, start + self.sequence_length + 1) for start in self.window_starts])
+        windows = [self.stream.read(start, start + self.sequence_length + 1) for start in self.window_starts]
+        return inputs_and_targets(torch.stack(windows))
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -247,7 +262,7 @@ class RandomWindows:
 
 
 class StreamedWindows:
-    """Endless batches (rows, T + 1) of consecutive windows; each starts at the last target of the one before.
+    """Endless batches (2, rows, T), inputs and targets, of windows that each read on where the one before ended.
 
     `documents` is the part of the data set that this process reads, in order, and again from the start when it ends.
     """
@@ -279,7 +294,7 @@ class StreamedWindows:
         tokens = torch.tensor(self.tokens[: needed + 1])
         self.tokens = self.tokens[needed:]
         self.read_tokens += needed
-        return tokens.unfold(0, self.sequence_length + 1, self.sequence_length)
+        return inputs_and_targets(tokens.unfold(0, self.sequence_length + 1, self.sequence_length))
 
     @property
     def window_starts(self) -> list[int]:

@@ -128,7 +128,7 @@ class TrainedModel:
     commit: str | None = None  # of the code that trained it
     versions: dict[str, str] = field(default_factory=dict)  # of Python and of packages
     best_step: int | None = None
-    held_out_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)  # as held_out_scores has them
     loss_curve: str | None = None  # a picture beside the card
 
 
@@ -138,11 +138,19 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
     name: a repository id, or what the folder is called. settings: `config` as the YAML that a reader is to see.
     """
     data = config.data
-    corpus = {STDLIB: "the source of Python's standard library"}.get(data.dataset, data.dataset)
-    corpus = corpus or ", ".join("/".join(Path(file).parts[-2:]) for file in data.files)
-    scores = {} if model.held_out_loss is None else held_out_scores(model.held_out_loss, data)
+    if data.task:
+        corpus = f"questions of the synthetic task {data.task}"
+        held_out = "questions of {} to {} tokens".format(*data.held_out_lengths)
+    else:
+        corpus = {STDLIB: "the source of Python's standard library"}.get(data.dataset, data.dataset)
+        corpus = corpus or ", ".join("/".join(Path(file).parts[-2:]) for file in data.files)
+        held_out = "over the whole held-out split, read once with the state carried through it"
     unit = "character" if data.tokenizer == "character" else "token"
-    labels = {"held_out_loss": f"Held-out loss, nats per {unit}", "bits_per_byte": "Held-out loss, bits per byte"}
+    labels = {
+        "held_out_loss": f"Held-out loss, nats per {unit}",
+        "held_out_accuracy": f"Held-out accuracy, {unit}s predicted",
+        "bits_per_byte": "Held-out loss, bits per byte",
+    }
     results = [
         EvalResult(
             task_type="text-generation",
@@ -153,7 +161,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
             metric_name=labels[key],
             metric_value=round(value, 4),
         )
-        for key, value in scores.items()
+        for key, value in model.scores.items()
     ]
     code = [f"commit {model.commit}"] if model.commit else []
     code += [f"{package} {version}" for package, version in model.versions.items()]
@@ -172,6 +180,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         cell={"mingru": "minGRU", "minlstm": "minLSTM"}[config.model.get("cell_type", MinRNNConfig.cell_type)],
         parameters=f"{model.parameters:,}",
         corpus=corpus,
+        held_out=held_out,
         scores=results,
         loss_curve=model.loss_curve,
         best_step=model.best_step,
@@ -188,13 +197,15 @@ def write_model_card(
     folder: Path, config: RunConfig, model: PreTrainedModel, progress: Progress, command: str
 ) -> None:
     """README.md of the model that a run has left in `folder`."""
+    rows = [row for row in read_metrics(folder) if row["step"] == progress.best_step and "held_out_loss" in row]
+    scores = {key: value for row in rows for key, value in row.items() if key != "step"}
     trained = TrainedModel(
         parameters=model.num_parameters(),
         command=command,
         commit=code_commit(),
         versions=versions(),
         best_step=progress.best_step,
-        held_out_loss=progress.best_loss,
+        scores=scores,
         loss_curve=LOSS_CURVE_FILE,
     )
     name = config.hub.repository or folder.resolve().name
@@ -219,4 +230,5 @@ def code_commit() -> str | None:
 
 def held_out_scores(loss: float, data: DataConfig) -> dict[str, float]:
     """`loss` in nats per token; where tokens are bytes also in bits per byte."""
-    return {"held_out_loss": loss} | ({"bits_per_byte": loss / math.log(2)} if data.tokenizer == "byte" else {})
+    in_bytes = data.tokenizer == "byte" and not data.task
+    return {"held_out_loss": loss} | ({"bits_per_byte": loss / math.log(2)} if in_bytes else {})
