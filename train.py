@@ -21,6 +21,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, gather_object, set_seed
 from datasets.distributed import split_dataset_by_node
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -45,6 +46,7 @@ from training.report import (
     MetricsLog,
     held_out_scores,
     plot_loss_curve,
+    write_end,
     write_model_card,
     write_nonfinite,
     write_start,
@@ -117,6 +119,9 @@ def main(path: str, overrides: list[str]) -> int:
         open_output_dir(config)
         write_start(output_dir, command, accelerator.num_processes, accelerator.device.type, progress.step)
         metrics = MetricsLog(output_dir, progress.step)
+    if not checkpoint:
+        accelerator.wait_for_everyone()  # what was in the folder is gone
+        save_checkpoint(accelerator, output_dir, config, state)  # whatever comes, there is one to go on from
     accelerator.init_trackers(output_dir.name)
     step_tokens = train.batch_size * train.sequence_length
     accelerator.print(
@@ -232,6 +237,8 @@ def main(path: str, overrides: list[str]) -> int:
     exit_code = 0
     if interrupted:
         exit_code = EXIT_RESUME if SIGTERM in gather_object(signals) else EXIT_INTERRUPTED
+    if accelerator.is_main_process:
+        write_end(output_dir, progress.step, exit_code)
     # DistributedDataParallel goes before the process group: as the group's last owner it would wait for the group's
     # threads with the interpreter's lock in hand, for ever where one of them needs the lock to free a tensor.
     del training_model
@@ -335,7 +342,7 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
     arguments = parser.parse_args()
     try:
-        sys.exit(main(arguments.config, arguments.overrides))
+        sys.exit(record(main)(arguments.config, arguments.overrides))  # a failure is told to torchrun, which shows it
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only, in its own words
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

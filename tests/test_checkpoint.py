@@ -83,7 +83,7 @@ def test_a_run_resumed_at_any_step_ends_as_the_uninterrupted_one(run, streaming,
     folder = run(**settings)
     expected, batches = outcome(folder), list(kept)
     assert len(batches) == STEPS
-    for step in range(1, STEPS):
+    for step in range(STEPS):
         stop_at(folder, step)
         kept.clear()
         run(**settings, **{"train.resume": True})

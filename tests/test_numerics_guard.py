@@ -70,7 +70,7 @@ def test_a_run_stops_before_a_bad_step_and_says_which_windows_and_which_layer(ru
     assert (process["losses"][0] == process["losses"][0]) == (what == "gradient")
     infinite = {name for name, norms in report["norms"].items() if norms["gradient"] == float("inf")}
     assert infinite == ({"model.layers.1.rnn.in_proj.weight"} if what == "gradient" else set())
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000000", "step-00000004"]
 
 
 def test_a_skipped_step_changes_no_parameter_and_the_run_goes_on(run, spoil, monkeypatch):

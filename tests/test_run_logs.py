@@ -52,8 +52,10 @@ def test_a_run_folder_tells_settings_versions_commit_and_command_of_every_start(
     folder = run()
     config = setting()
     assert train_main(config, ["train.resume=true", "train.steps=9"]) == 0
-    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    starts, ends = lines[::2], lines[1::2]
     assert [start["step"] for start in starts] == [0, 8]
+    assert [(end["step"], end["exit_code"]) for end in ends] == [(8, 0), (9, 0)]
     assert starts[1]["command"] == f"python train.py {config} train.resume=true train.steps=9"
     for start in starts:
         assert start["versions"]["torch"] == metadata.version("torch")

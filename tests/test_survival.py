@@ -43,14 +43,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(run, setti
     chance = random.Random(0)
     killed = finished = newest = 0
     while killed < kills or not finished:
-        overrides = ["train.resume=true"] if list_checkpoints(folder) else ["train.overwrite=true"]
         if killed == kills:
             calls, seconds = None, None  # to the end
         elif killed % 2:
             calls, seconds = None, chance.uniform(0, 3)
         else:
             calls, seconds = chance.randrange(60), None  # within the first four saves
-        process = processes.Process(target=train_until_killed, args=(config, overrides, calls))
+        process = processes.Process(target=train_until_killed, args=(config, ["train.resume=auto"], calls))
         process.start()
         process.join(seconds)
         process.kill()
@@ -68,8 +67,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(run, setti
             assert process.exitcode == 0
             assert outcome(folder) == expected
             finished += 1
-        if process.exitcode == 0 or not checkpoints:
-            shutil.rmtree(folder, ignore_errors=True)
+        if process.exitcode == 0:
+            shutil.rmtree(folder)
             newest = 0
 
 

@@ -27,6 +27,7 @@ from transformers import (
 
 import train
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from training.checkpoint import list_checkpoints
 from training.config import InputError, TrainConfig, load_config
 from training.data import TokenStream, load_documents, token_stream
 from training.report import read_metrics
@@ -412,7 +413,7 @@ def test_a_run_is_replaced_only_when_asked_to(run, setting, train_main):
         train_main(path)
     assert snapshot(folder) == before
     assert train_main(path, ["train.overwrite=true"]) == 0
-    assert [path.name for path in folder.glob("checkpoints/*")] == ["step-00000004"]
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000000", "step-00000004"]
     assert len(losses(folder)) == 4
 
 

@@ -75,18 +75,21 @@ def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | N
     """
     folder = Path(config.train.output_dir)
     if config.train.resume and config.train.overwrite:
-        raise InputError("train.resume and train.overwrite are both true: choose one")
+        raise InputError("train.resume and train.overwrite are both set: choose one")
     if config.train.resume:
-        for checkpoint in reversed(list_checkpoints(folder)):
+        checkpoints = list_checkpoints(folder)
+        for checkpoint in reversed(checkpoints):
             if (reason := damage(checkpoint)) is None:
                 check_same_settings(checkpoint / SETTINGS_FILE, config)
                 return checkpoint
             warn(f"warning: {reason}: this checkpoint is damaged, the one before it is used")
-        raise InputError(f"train.resume: {folder} holds no {'whole ' if list_checkpoints(folder) else ''}checkpoint")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # Without checkpoint and model a run was killed in its first moments: "auto" loses nothing by starting again.
+        if config.train.resume is True or checkpoints or any(folder.glob("*.safetensors")):
+            raise InputError(f"train.resume: {folder} holds no {'whole ' if checkpoints else ''}checkpoint")
+    if folder.exists() and (not folder.is_dir() or any(path.suffix != PARTIAL for path in folder.iterdir())):
         if not (folder / SETTINGS_FILE).is_file():
             raise InputError(f"train.output_dir {folder} is not empty and holds no run: choose another folder")
-        if not config.train.overwrite:
+        if not config.train.resume and not config.train.overwrite:
             raise InputError(
                 f"train.output_dir {folder} holds a run: continue it with train.resume=true "
                 "or replace it with train.overwrite=true"

@@ -96,7 +96,8 @@ class TrainConfig:
     compile: bool = False
 
     output_dir: str = MISSING
-    resume: bool = False
+    # Go on from the newest checkpoint; "auto": or begin where there is none, so that a launcher can repeat a command.
+    resume: Literal[False, True, "auto"] = False
     overwrite: bool = False
     log_every_steps: int = 10
     # Each evaluation reads the whole held-out split; the model folder holds the model of the best one.

@@ -89,6 +89,13 @@ def write_start(folder: Path, command: str, processes: int, device: str, step: i
         file.write(json.dumps(start) + "\n")
 
 
+def write_end(folder: Path, step: int, exit_code: int) -> None:
+    """A line about the end of the last start, with the exit code that a launcher hides; none after a kill or error."""
+    time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    with (folder / STARTS_FILE).open("a") as file:
+        file.write(json.dumps({"time": time, "step": step, "exit_code": exit_code}) + "\n")
+
+
 def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState, losses: list[torch.Tensor]) -> Path:
     """Called by all processes after a backward pass with a loss or gradient that is not finite; returns the file.
 
