@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast, gather_object, set_seed
+from accelerate.utils import broadcast, gather_object, parse_flag_from_env, set_seed
 from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -67,6 +67,8 @@ def main(path: str, overrides: list[str]) -> int:
     train = config.train
     if unknown := set(train.trackers) - {str(name) for name in get_available_trackers()}:
         raise InputError(f"train.trackers: {', '.join(sorted(unknown))} unknown or not installed")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise InputError("DeepSpeed steps by itself, past the checks and checkpoints of train.py: launch it without")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # or each of several CPU processes would start a run of its own
         gradient_accumulation_steps=train.gradient_accumulation_steps,
