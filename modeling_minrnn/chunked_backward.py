@@ -85,39 +85,68 @@ def sequence_chunked_backward(
     if kwargs.get("num_items_in_batch") is None:
         kwargs["num_items_in_batch"] = (shift_labels != -100).sum()
 
+    start = _snapshot(cache)
+    states, random_states = Kept(len(chunks)), Kept(len(chunks))
+    device_type, devices = input_ids.device.type, get_device_states(input_ids)[0]
     with _no_gradient_checkpointing(model):
-        starts = []
         with torch.no_grad():
-            for chunk in chunks:
-                starts.append((_snapshot(cache), RandomState(input_ids)))
+            for n, chunk in enumerate(chunks):
+                if n > 0:
+                    states[n] = _tensors(cache)
+                random_states[n] = [torch.get_rng_state(), *get_device_states(input_ids)[1]]
                 model(**chunk | {"labels": None}, past_key_values=cache, **kwargs)
 
-        losses: list[Tensor] = []
+        losses = []
         d_ends: list[Tensor | None] = [None] * len(_tensors(cache))
-        while chunks:
-            chunk, (state, random_state) = chunks.pop(), starts.pop()
-            if chunks:
-                for layer in state.layers:
-                    layer.keys, layer.values = layer.keys.requires_grad_(), layer.values.requires_grad_()
+        for n, chunk in reversed(list(enumerate(chunks))):
+            state = start if n == 0 else _snapshot(cache, states[n])
             leaves = _tensors(state)
             # Of several processes: gradients are reduced with those of the first chunk, which are the last to come.
-            with getattr(model, "no_sync", nullcontext)() if chunks else nullcontext():
-                with random_state.replayed():
+            with nullcontext() if n == 0 else getattr(model, "no_sync", nullcontext)():
+                with torch.random.fork_rng(devices, device_type=device_type):
+                    cpu_random_state, *device_random_states = random_states[n]
+                    torch.set_rng_state(cpu_random_state)
+                    set_device_states(devices, device_random_states, device_type=device_type)
                     loss = model(**chunk, past_key_values=state, **kwargs).loss
                 roots = [(end, d_end) for end, d_end in zip(_tensors(state), d_ends) if end.requires_grad]
                 roots = [(loss, None), *(root for root in roots if root[1] is not None)]
                 ends, gradients = zip(*roots)
-                with torch.autocast(input_ids.device.type, enabled=False):
+                with torch.autocast(device_type, enabled=False):
                     torch.autograd.backward(ends, gradients)
-            d_ends = [leaf.grad for leaf in leaves] if chunks else []
+            d_ends = [leaf.grad for leaf in leaves] if n > 0 else []
             losses.append(loss.detach())
     return torch.stack(losses).sum()
 
 
-def _snapshot(cache: Cache) -> Cache:
-    """The same states in a cache of its own: to update one leaves the other as it is."""
+class Kept:
+    """Tensors for each chunk, in one tensor for all chunks.
+
+    One by one they would lie between the large tensors that come and go with a chunk, and the C library, which cannot
+    move them, would not find room for the next large ones there: memory would grow with the number of chunks.
+    """
+
+    def __init__(self, chunks: int):
+        self.chunks = chunks
+        self.tensors: list[Tensor] = []
+
+    def __setitem__(self, n: int, tensors: list[Tensor]) -> None:
+        if not self.tensors:
+            self.tensors = [tensor.new_empty(self.chunks, *tensor.shape) for tensor in tensors]
+        for kept, tensor in zip(self.tensors, tensors):
+            kept[n] = tensor
+
+    def __getitem__(self, n: int) -> list[Tensor]:
+        return [kept[n].clone() for kept in self.tensors]  # torch takes no view as a random state
+
+
+def _snapshot(cache: Cache, states: list[Tensor] | None = None) -> Cache:
+    """A cache of its own with the same states, or with those given, as leaves that get a gradient."""
     snapshot = copy.copy(cache)
     snapshot.layers = [copy.copy(layer) for layer in cache.layers]
+    if states is not None:
+        leaves = iter(states)
+        for layer in snapshot.layers:
+            layer.keys, layer.values = next(leaves).requires_grad_(), next(leaves).requires_grad_()
     return snapshot
 
 
@@ -136,22 +165,6 @@ def _no_gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.gradient_checkpointing = True
-
-
-class RandomState:
-    """The random state of the CPU and of the device of a tensor, to draw the same dropout again."""
-
-    def __init__(self, like: Tensor):
-        self.device_type = like.device.type
-        self.cpu = torch.get_rng_state()
-        self.devices, self.states = get_device_states(like)
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        with torch.random.fork_rng(self.devices, device_type=self.device_type):
-            torch.set_rng_state(self.cpu)
-            set_device_states(self.devices, self.states, device_type=self.device_type)
-            yield
 
 
 __all__ = ["sequence_chunked_backward"]
