@@ -71,7 +71,8 @@ class MinRNNConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = {
         "embed_tokens": "embedding_rowwise",
-        "layers.*.rnn.in_proj": "colwise_gather_output",
+        "layers.*.rnn": "minrnn_channels",  # of tensor_parallel.py
+        "layers.*.rnn.out_proj": "rowwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
@@ -115,7 +116,8 @@ class MinRNNConfig(PreTrainedConfig):
         if self.use_cache is None:
             self.use_cache = not self.bidirectional
         if self.bidirectional:  # transformers warns of rules for modules that are not there
-            reverse = {"layers.*.reverse_rnn.in_proj": self.base_model_tp_plan["layers.*.rnn.in_proj"]}
+            rnn = {name: style for name, style in self.base_model_tp_plan.items() if ".rnn" in name}
+            reverse = {name.replace(".rnn", ".reverse_rnn"): style for name, style in rnn.items()}
             self.base_model_tp_plan = self.base_model_tp_plan | reverse
         super().__post_init__(**kwargs)
 

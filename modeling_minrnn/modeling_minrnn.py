@@ -84,6 +84,7 @@ class MinRNNRecurrence(nn.Module):
     def __init__(self, config: MinRNNConfig):
         super().__init__()
         self.cell_type, self.backend = config.cell_type, config.scan_backend
+        self.state_size = config.state_size  # of this process, under tensor parallelism
         width = GATES[config.cell_type] * config.state_size
         self.in_proj = nn.Linear(config.hidden_size, width, bias=config.max_timescale is not None)
         self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
@@ -96,8 +97,12 @@ class MinRNNRecurrence(nn.Module):
         """The state (B, D) of a sequence before its first token."""
         dtype = state_dtype(like.dtype)
         if self.initial_state is None:
-            return like.new_zeros(batch_size, self.out_proj.in_features, dtype=dtype)
-        return self.initial_state.to(dtype).expand(batch_size, -1)
+            return like.new_zeros(batch_size, self.state_size, dtype=dtype)
+        return self.own_initial_state().to(dtype).expand(batch_size, -1)
+
+    def own_initial_state(self) -> Tensor | None:
+        """(D,), of this process under tensor parallelism."""
+        return self.initial_state.to_local() if hasattr(self.initial_state, "to_local") else self.initial_state
 
     def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False, group=None):
         """hidden_states (B, T, H), state (B, D) -> output (B, T, H), states (B, T, D), final state (B, D).
@@ -111,7 +116,7 @@ class MinRNNRecurrence(nn.Module):
             state,
             reset_mask=reset_mask,
             padding_mask=padding_mask,
-            reset_state=self.initial_state,
+            reset_state=self.own_initial_state(),
             backend=self.backend,
             group=group,
         )
@@ -249,6 +254,15 @@ class MinRNNPreTrainedModel(PreTrainedModel):
             if config.max_timescale is not None:
                 bias = module.in_proj.bias
                 init.copy_(bias, _chrono_bias(config.cell_type, config.max_timescale, bias))
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        """As in transformers. Raises ValueError for sizes that the processes cannot share."""
+        if distributed_config is not None:
+            from .tensor_parallel import prepare
+
+            prepare(model.config, distributed_config.fsdp_size or 1, distributed_config.tp_size or 1)
+        return super().maybe_distribute_model(model, distributed_config, mesh)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers passes over modules of custom code without parameters of their own; here they see to those of

@@ -229,7 +229,7 @@ def test_models_split_over_two_processes_give_the_same_logits(torchrun, tmp_path
     torch.save(ids, tmp_path / "ids.pt")
     models = {
         tmp_path / f"{cell_type}-{bidirectional}": small_model(
-            cell_type, max_timescale=20, mlp_bias=True, bidirectional=bidirectional
+            cell_type, max_timescale=20, mlp_bias=True, bidirectional=bidirectional, expansion_factor=2
         )
         for cell_type in CELLS
         for bidirectional in (False, True)
@@ -240,8 +240,9 @@ def test_models_split_over_two_processes_give_the_same_logits(torchrun, tmp_path
     for folder, model in models.items():
         logits, sizes = torch.load(folder / "output.pt")
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
-        split = ["rnn.in_proj.weight", "rnn.in_proj.bias", "mlp.up_proj.weight", "mlp.up_proj.bias"]
-        split += ["mlp.down_proj.weight"] + ["reverse_" + name for name in split[:2] if model.config.bidirectional]
+        split = ["rnn.initial_state", "rnn.in_proj.weight", "rnn.in_proj.bias", "rnn.out_proj.weight"]
+        split += ["reverse_" + name for name in split if model.config.bidirectional]
+        split += ["mlp.up_proj.weight", "mlp.up_proj.bias", "mlp.down_proj.weight"]
         in_layers = {f"model.layers.{i}.{name}" for i in range(2) for name in split}
         assert sizes.keys() == {"model.embed_tokens.weight"} | in_layers
         for name, size in sizes.items():

@@ -1,0 +1,83 @@
+"""Tensor parallelism: each rank computes its share of the channels of state, from the gates to the output projection.
+
+D state width, H hidden size. in_proj [gate | candidate] is split within each of its parts, so that a rank has all
+gates of its channels; the recurrence is per channel; out_proj is split by its inputs, and its outputs (B, T, H) are
+summed over the ranks, once a layer. No state is ever gathered.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from transformers import PreTrainedConfig
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, TensorParallelLayer
+
+from .scan import GATES
+
+
+def prepare(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> None:
+    """Make the style that `MinRNNConfig.base_model_tp_plan` names known to transformers, before it splits a model.
+
+    Raises ValueError for sizes that cannot be split.
+    """
+    ALL_PARALLEL_STYLES.register("minrnn_channels", ChannelParallel())
+    if config.state_size % tp_size:
+        raise ValueError(
+            f"hidden_size x expansion_factor is {config.state_size}: must be a multiple of {tp_size}, the processes "
+            "of tensor parallelism, which share the channels of state"
+        )
+    # fully_shard pads the rows of a tied matrix once for each of its two uses: then only one of them is trained.
+    if config.tie_word_embeddings and fsdp_size > 1 and config.vocab_size % (fsdp_size * tp_size):
+        raise ValueError(
+            f"vocab_size is {config.vocab_size}: must be a multiple of {fsdp_size * tp_size}, the processes that "
+            "share the embeddings, or tie_word_embeddings=False"
+        )
+
+
+class ChannelParallel(TensorParallelLayer):
+    """Of `MinRNNRecurrence`: in_proj, initial_state and state_size become those of this rank's channels."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        _distribute(module, param, mesh, Shard(0))
+
+    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        module.state_size //= mesh.size()
+        in_proj = GatesColwiseParallel(split_factor=GATES[module.cell_type])
+        for name, _ in list(module.in_proj.named_parameters()):
+            in_proj.shard_param(module.in_proj, name, mesh)
+        in_proj.install_forward(module.in_proj, mesh)
+        return module
+
+
+class GatesColwiseParallel(PackedColwiseParallel):
+    """Of in_proj: the rows of this rank's channels in each of the `split_factor` parts of weight and bias."""
+
+    @property
+    def own_rows(self) -> Placement:
+        return _StridedShard(dim=0, split_factor=self.split_factor)
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        # fully_shard splits rows as well, and takes those of a rank for one block. Where it shares the processes, each
+        # rank keeps all rows of what fully_shard leaves it, and computes with its own.
+        alone = torch.distributed.get_world_size() == mesh.size()
+        _distribute(module, param, mesh, self.own_rows if alone else Replicate())
+
+    @contextlib.contextmanager
+    def context_around_forward(self, module: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, parameter in parameters.items():
+            module._parameters[name] = parameter.redistribute(placements=[self.own_rows]).to_local()
+        try:
+            yield
+        finally:
+            module._parameters.update(parameters)
+
+
+def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
+    parameter = module.get_parameter(name)
+    shard = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)  # all ranks have the same to split
+    module.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))

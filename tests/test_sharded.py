@@ -1,0 +1,154 @@
+"""FSDP2, tensor parallelism and both, by transformers' own means: the losses of one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_in_processes
+from small_models import CELLS, random_ids, small_model
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+STEPS = 6
+T = 9
+# 18 channels, with an initial state of their own and biases on the gates: all that is split.
+FIELDS = {
+    "vocab_size": 40,
+    "hidden_size": 12,
+    "expansion_factor": 1.5,
+    "learned_initial_state": True,
+    "max_timescale": 20,
+}
+WAYS = {"fsdp": {"fsdp_size": 2}, "tensor": {"tp_size": 2}, "both": {"fsdp_size": 2, "tp_size": 2}}
+CASES = [(way, cell_type, tied) for way in WAYS for cell_type, tied in zip(CELLS, (True, False))]
+TOLERANCE = 1e-5  # relative, of the loss; the worst seen is 2e-7
+
+
+def optimizer_of(model):
+    # One by one: no fused operation takes DTensors and tensors together.
+    return torch.optim.AdamW(model.parameters(), lr=0.02, foreach=False)
+
+
+def losses(model, optimizer, steps, rows=slice(None), group=None):
+    """Train on these rows of each batch; the losses are means over the processes of the group."""
+    result = []
+    for step in steps:
+        ids = random_ids(4, T, seed=step)[rows]
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach().clone()
+        if group is not None:
+            dist.all_reduce(loss, group=group)
+            loss /= group.size()
+        result.append(loss.item())
+    return result
+
+
+def load(folder, sizes):
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes)).train()
+
+
+def refusals(folder):
+    """What is said of models that two processes cannot share."""
+    messages = []
+    for sizes in ({"tp_size": 2}, {"fsdp_size": 2}):
+        try:
+            load(folder, sizes)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def own_rows(model):
+    """The rows of the batch that this process trains on, and the processes that share the batch."""
+    mesh = model._device_mesh["fsdp"]
+    size = 4 // mesh.size()
+    return slice(mesh.get_local_rank() * size, (mesh.get_local_rank() + 1) * size), mesh.get_group()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if "c10d" in name and "_tensor" not in name.replace("into_tensor", ""):  # not waiting and wrapping
+            name = name.split("::")[1].split(".")[0]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **kwargs or {})
+
+
+def train_sharded(folder, sizes):
+    """The losses, what is sharded, and what a forward pass sends."""
+    model = load(folder / "start", sizes)
+    kinds, widths = {}, []
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        kinds[name] = isinstance(parameter, DTensor), local.numel(), parameter.numel()
+    hooks = [
+        layer.rnn.out_proj.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[-1]))
+        for layer in model.model.layers
+    ]
+    sent = Collectives()
+    if "fsdp_size" not in sizes:  # which gathers the weights, and keeps them until a backward pass
+        with sent:
+            model(random_ids(1, T), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {
+        "losses": losses(model, optimizer_of(model), range(STEPS), *own_rows(model)),
+        "kinds": kinds,
+        "sent": sent.counts,
+        "widths": widths,
+    }
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def trained(request, tmp_path_factory):
+    way, cell_type, tied = request.param
+    folder = tmp_path_factory.mktemp("sharded")
+    model = small_model(cell_type, tie_word_embeddings=tied, **FIELDS).train()
+    model.save_pretrained(folder / "start")
+    expected = losses(model, optimizer_of(model), range(STEPS))
+    count = 4 if way == "both" else 2
+    return way, folder, expected, run_in_processes(train_sharded, count, folder, WAYS[way])
+
+
+def test_a_sharded_model_has_the_losses_of_one_process(trained):
+    _, _, expected, ranks = trained
+    assert expected[-1] < expected[0]
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_each_process_holds_its_share(trained):
+    way, _, _, ranks = trained
+    for name in ranks[0]["kinds"]:
+        are_dtensors, local, whole = zip(*(rank["kinds"][name] for rank in ranks))
+        split = ("rnn.", "up_proj", "down_proj", "embed_tokens") if way == "tensor" else ("",)
+        if any(part in name for part in split):
+            assert all(are_dtensors), name
+            assert max(local) < 0.55 * whole[0], name  # a row more, where they do not divide
+
+
+def test_tensor_parallelism_gathers_no_state_inside_a_layer(trained):
+    way, _, _, ranks = trained
+    if way == "tensor":
+        for rank in ranks:
+            assert rank["widths"] == [9, 9]  # of 18 channels
+            # One sum for the embedding, two a layer, and one gathering of the logits.
+            assert rank["sent"] == {"all_reduce": 5, "all_gather_into_tensor": 1}
+
+
+def test_sizes_that_do_not_divide_are_refused_in_one_line(tmp_path):
+    small_model().save_pretrained(tmp_path)  # 21 channels, 37 tokens
+    for rank in run_in_processes(refusals, 2, tmp_path):
+        channels, tokens = rank
+        assert channels.startswith("hidden_size x expansion_factor is 21: must be a multiple of 2, the processes of ")
+        assert tokens.startswith("vocab_size is 37: must be a multiple of 2, ") and "\n" not in tokens
