@@ -11,6 +11,7 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -21,13 +22,13 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, gather_object, parse_flag_from_env, set_seed
 from datasets.distributed import split_dataset_by_node
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.elastic.multiprocessing import errors
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM
+from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM, sequence_chunked_backward
 from training.checkpoint import (
     TrainingState,
     check_output_dir,
@@ -38,10 +39,18 @@ from training.checkpoint import (
     save_checkpoint,
     stop_on_signal,
 )
-from training.config import InputError, TrainConfig, load_config, nearest
-from training.data import IGNORED, RandomWindows, StreamedWindows, TokenStream, load_documents, token_stream
+from training.config import InputError, RunConfig, TrainConfig, load_config, nearest
+from training.data import (
+    IGNORED,
+    ParallelStreams,
+    RandomWindows,
+    StreamedWindows,
+    TokenStream,
+    load_documents,
+    token_stream,
+)
 from training.hub import push_folder
-from training.parallel import share_batch
+from training.parallel import Share, share_batch
 from training.report import (
     MetricsLog,
     held_out_scores,
@@ -82,21 +91,7 @@ def main(path: str, overrides: list[str]) -> int:
     share = share_batch(accelerator, train)
 
     # ---- Data
-    own_rows = slice(share.data_rank, None, share.data_ranks)
-    if config.data.task:
-        tokenizer, batches, held_out = load_task(config, own_rows)
-    else:
-        with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
-            documents, held_out_documents = load_documents(config.data)
-            tokenizer = load_tokenizer(config.data.tokenizer, (document["text"] for document in documents))
-            held_out = token_stream(held_out_documents, tokenizer, config.data.held_out_tokens)
-            if config.data.streaming:
-                own_documents = split_dataset_by_node(documents, share.data_rank, share.data_ranks)
-                own_streams = train.batch_size // share.data_ranks
-                batches = StreamedWindows(own_documents, tokenizer, train.sequence_length, own_streams)
-            else:
-                stream = token_stream(documents, tokenizer)
-                batches = RandomWindows(stream, train.sequence_length, train.batch_size, train.seed, own_rows)
+    tokenizer, batches, held_out = load_data(config, accelerator, share)
 
     # ---- Model
     set_seed(train.seed)
@@ -112,6 +107,8 @@ def main(path: str, overrides: list[str]) -> int:
     # ---- Loop
     accelerator.wait_for_everyone()  # all have checked the folder before it changes
     state = TrainingState(model, optimizer, scheduler, batches)
+    if train.carry_state:
+        state.caches = [DynamicCache(config=model.config) for _ in range(train.gradient_accumulation_steps)]
     if checkpoint:
         load_checkpoint(accelerator, checkpoint, state)
     progress = state.progress
@@ -153,22 +150,33 @@ def main(path: str, overrides: list[str]) -> int:
             model.train()
             batch_losses = []
             batch = next(batches).to(accelerator.device)  # (2, rows of this process, T of the sequence)
-            for rows in batch.chunk(train.gradient_accumulation_steps, dim=1):
+            for i, rows in enumerate(batch.chunk(train.gradient_accumulation_steps, dim=1)):
                 inputs, targets = (share.chunk(tokens) for tokens in rows)  # (B, T)
+                arguments = {
+                    "labels": targets,
+                    "shift_labels": targets,  # shifted already, so that each of the T positions predicts a token
+                    # The mean over processes is then one over tokens, though chunks differ in length.
+                    "num_items_in_batch": (rows[1] != IGNORED).sum() / share.context_ranks,
+                    "use_cache": False,
+                }
+                if train.carry_state:
+                    arguments |= {"past_key_values": state.caches[i], "reset_mask": inputs == tokenizer.eos_token_id}
                 with accelerator.accumulate(training_model):
-                    # shift_labels: the targets are shifted already, so that each of the T positions predicts a token.
-                    # num_items_in_batch: the mean over processes is one over tokens, though chunks differ in length.
-                    loss = training_model(
-                        inputs,
-                        labels=targets,
-                        shift_labels=targets,
-                        num_items_in_batch=(rows[1] != IGNORED).sum() / share.context_ranks,
-                        context_parallel_group=share.context_group,
-                        use_cache=False,
-                        logits_to_keep=NO_LOGITS,
-                    ).loss
-                    accelerator.backward(loss)
+                    if train.chunk_length:
+                        arguments["num_items_in_batch"] *= train.gradient_accumulation_steps
+                        loss = sequence_chunked_backward(
+                            training_model, inputs, chunk_size=train.chunk_length, **arguments
+                        )
+                        loss *= train.gradient_accumulation_steps
+                    else:
+                        loss = training_model(
+                            inputs, context_parallel_group=share.context_group, logits_to_keep=NO_LOGITS, **arguments
+                        ).loss
+                        accelerator.backward(loss)
                 batch_losses.append(loss.detach())
+                if train.carry_state:
+                    for layer in state.caches[i].layers:
+                        layer.detach()
             loss = accelerator.reduce(torch.stack(batch_losses).mean(), "mean")
             grad_norm = gradient_norm(model)
             if (loss + grad_norm).isfinite():
@@ -183,6 +191,8 @@ def main(path: str, overrides: list[str]) -> int:
                         "go on from the last checkpoint with a lower train.learning_rate or train.on_nonfinite=skip"
                     )
                 progress.skipped_steps += 1
+                for cache in state.caches:
+                    cache.reset()  # what made the loss infinite may be in the state
                 record(skipped_steps=progress.skipped_steps)
             optimizer.zero_grad()
             learning_rate = scheduler.get_last_lr()[0]
@@ -206,7 +216,8 @@ def main(path: str, overrides: list[str]) -> int:
                 started = time.perf_counter()
                 scores = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
                 if accelerator.is_main_process:
-                    scores += torch.tensor(evaluate(model, held_out))
+                    end_token = tokenizer.eos_token_id if train.carry_state else None
+                    scores += torch.tensor(evaluate(model, held_out, end_token=end_token))
                 loss, accuracy = broadcast(scores).tolist()  # the same for all: each decides below whether to go on
                 progress.evaluations_since_best += 1
                 if loss < progress.best_loss:
@@ -249,6 +260,29 @@ def main(path: str, overrides: list[str]) -> int:
     if config.hub.push and not interrupted and accelerator.is_main_process:
         print(f"published as {push_folder(output_dir, config.hub)}")
     return exit_code
+
+
+def load_data(
+    config: RunConfig, accelerator: Accelerator, share: Share
+) -> tuple[PreTrainedTokenizerBase, Iterator[torch.Tensor], TokenStream | HeldOutQuestions]:
+    """The tokenizer, the batches of this process, each (2, B, T) of inputs and targets, and what is held out."""
+    data, train = config.data, config.train
+    own_rows = slice(share.data_rank, None, share.data_ranks)
+    if data.task:
+        return load_task(config, own_rows)
+    with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
+        documents, held_out_documents = load_documents(data)
+        tokenizer = load_tokenizer(data.tokenizer, (document["text"] for document in documents))
+        held_out = token_stream(held_out_documents, tokenizer, data.held_out_tokens)
+        if data.streaming:
+            own_documents = split_dataset_by_node(documents, share.data_rank, share.data_ranks)
+            own_streams = train.batch_size // share.data_ranks
+            return tokenizer, StreamedWindows(own_documents, tokenizer, train.sequence_length, own_streams), held_out
+        stream = token_stream(documents, tokenizer)
+    shape = train.sequence_length, train.batch_size
+    if train.carry_state:
+        return tokenizer, ParallelStreams(stream, *shape, tokenizer.eos_token_id, own_rows), held_out
+    return tokenizer, RandomWindows(stream, *shape, train.seed, own_rows), held_out
 
 
 def build_model(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> MinRNNForCausalLM:
@@ -306,17 +340,24 @@ def gradient_norm(model: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, held_out: TokenStream | HeldOutQuestions, chunk_tokens: int = EVALUATION_CHUNK_TOKENS
+    model: PreTrainedModel,
+    held_out: TokenStream | HeldOutQuestions,
+    chunk_tokens: int = EVALUATION_CHUNK_TOKENS,
+    end_token: int | None = None,
 ) -> tuple[float, float]:
     """Mean loss in nats per target and the share of targets to which the model gives most probability.
 
     A stream is read in order with the recurrent state carried from chunk to chunk, so the result is that of a single
     forward pass over all of it: nothing is drawn at random, and batch and sequence length of training do not matter.
+
+    end_token: begin anew at each of these, as training with train.carry_state does.
     """
     model.eval()
     loss, right, count, cache = 0.0, 0, 0, None
     for inputs, targets in held_out.batches(chunk_tokens):
-        output = model(inputs.to(model.device), past_key_values=cache, use_cache=held_out.is_one_text)
+        inputs = inputs.to(model.device)
+        reset_mask = None if end_token is None else inputs == end_token
+        output = model(inputs, past_key_values=cache, use_cache=held_out.is_one_text, reset_mask=reset_mask)
         cache = output.past_key_values
         scored = targets != IGNORED
         logits, targets = output.logits[scored].float(), targets[scored].to(model.device)
@@ -344,7 +385,9 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
     arguments = parser.parse_args()
     try:
-        sys.exit(record(main)(arguments.config, arguments.overrides))  # a failure is told to torchrun, which shows it
+        sys.exit(
+            errors.record(main)(arguments.config, arguments.overrides)
+        )  # a failure is told to torchrun, which shows it
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only, in its own words
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

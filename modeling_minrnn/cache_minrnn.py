@@ -113,6 +113,10 @@ class MinRNNDynamicLayer(CacheLayerMixin):
             self.keys, self.values = function(self.keys), function(self.values)
             self.past = [(function(state), function(window)) for state, window in self.past]
 
+    def detach(self) -> None:
+        """Gradients go no further back than this: truncated backpropagation through time."""
+        self._map(Tensor.detach)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 

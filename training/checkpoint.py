@@ -8,6 +8,7 @@ OUTPUT_DIR/                     the best model so far, a folder for from_pretrai
         optimizer.safetensors   the tensors of the optimizer, "INDEX.NAME" for the parameter of that index
         state.json              progress, schedule, scaler and the groups of the optimizer
         process_0.safetensors   random states of torch, for each process
+        process_0.cache_0       what train.carry_state carries on, for each process and micro-batch
         process_0.json          random states of Python and numpy and the position in the data, for each process
         manifest.json           the SHA-256 of each of these, written last
 
@@ -36,7 +37,9 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_minrnn import load_state, save_state
 
 from .config import InputError, RunConfig, one_line
 
@@ -66,6 +69,7 @@ class TrainingState:
     scheduler: LRScheduler
     batches: Any  # an iterator over tensors with state_dict and load_state_dict
     progress: Progress = field(default_factory=Progress)
+    caches: list[Cache] = field(default_factory=list)  # what each micro-batch reads on from, with train.carry_state
 
 
 def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | None:
@@ -191,6 +195,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
         state.progress = Progress(**shared["progress"])
         process = json.loads(process_file(checkpoint, accelerator, "json").read_text())
         state.batches.load_state_dict(process["batches"])
+        for i in range(len(state.caches) if state.progress.step else 0):  # empty before the first step
+            state.caches[i] = load_state(process_file(checkpoint, accelerator, f"cache_{i}"), state.model)
         version, internal, gauss = process["python"]
         random.setstate((version, tuple(internal), gauss))
         np.random.set_state(process["numpy"])
@@ -223,6 +229,8 @@ def write_process_state(folder: Path, accelerator: Accelerator, state: TrainingS
     if accelerator.device.type != "cpu":
         random_states["device"] = torch.get_device_module(accelerator.device).get_rng_state(accelerator.device)
     save_file(random_states, process_file(folder, accelerator, "safetensors"))
+    for i, cache in enumerate(state.caches if state.progress.step else []):
+        save_state(cache, process_file(folder, accelerator, f"cache_{i}"), state.model)
     process = {"batches": state.batches.state_dict(), "python": random.getstate(), "numpy": np.random.get_state()}
     process_file(folder, accelerator, "json").write_text(json.dumps(process, default=np.ndarray.tolist))
 

@@ -77,6 +77,13 @@ class TrainConfig:
     sequence_length: int = MISSING
     # Processes that share each sequence, a chunk each: for sequences too long for the memory of one device.
     context_parallel_size: int = 1
+    # Tokens at a time in an exact backward pass: the memory of so many, whatever sequence_length is, for one more
+    # forward pass; null: the whole sequence at once.
+    chunk_length: int | None = None
+    # Every row of a batch reads on from where it stopped in the step before, with the state it then had, which gets no
+    # gradient: truncated backpropagation through time. Nothing is carried from one document to the next. Otherwise a
+    # sequence begins anywhere in the text, with nothing read.
+    carry_state: bool = False
     seed: int = 0
 
     learning_rate: float = MISSING
@@ -113,6 +120,7 @@ class TrainConfig:
 
     def check(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "context_parallel_size",
+                     "chunk_length",
                      "log_every_steps", "eval_every_steps", "save_every_steps", "sample_tokens",
                      "early_stopping_patience"):  # fmt: skip
             value = getattr(self, name)
@@ -122,6 +130,11 @@ class TrainConfig:
             raise InputError(
                 f"train.context_parallel_size is {self.context_parallel_size}: must be at most train.sequence_length, "
                 f"{self.sequence_length}"
+            )
+        if self.context_parallel_size > 1 and (self.chunk_length or self.carry_state):
+            raise InputError(
+                f"train.context_parallel_size is {self.context_parallel_size}: must be 1 with train.chunk_length and "
+                "train.carry_state, which read a sequence from left to right in one process"
             )
         for name in ("learning_rate", "grad_clip_norm"):
             if not getattr(self, name) > 0:
@@ -169,6 +182,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 
+    def check(self) -> None:
+        self.data.check()
+        self.train.check()
+        self.hub.check()
+        if self.train.carry_state and (self.data.streaming or self.data.task):
+            raise InputError("train.carry_state reads a stored text on: not with data.streaming or data.task")
+
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
     """Read a YAML file and "section.key=value" overrides. Every fault is an InputError naming the key and the file."""
@@ -186,9 +206,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
             raise InputError(f"{origin}: {one_line(error)}") from error
     try:
         run: RunConfig = OmegaConf.to_object(config)
-        run.data.check()
-        run.train.check()
-        run.hub.check()
+        run.check()
     except MissingMandatoryValue as error:
         raise InputError(f"{path}: {error.full_key} is missing") from error
     except InputError as error:

@@ -223,42 +223,72 @@ def inputs_and_targets(windows: torch.Tensor) -> torch.Tensor:
     return torch.stack([windows[:, :-1], windows[:, 1:]])
 
 
-class RandomWindows:
-    """Endless batches (2, B, T), inputs and targets, of windows that start anywhere in a stream.
+class Windows:
+    """Endless batches (2, B, T), inputs and targets, of windows of a stream.
 
-    Batch n is a function of (seed, n) alone: its position is all there is to resume, and any number of processes that
-    each take their `rows` of the same batch train on the same data.
+    A batch is a function of its number: that is all there is to resume, and any number of processes that each take
+    their `rows` of the same batch train on the same data.
 
     sequence_length: T, predictions per window. batch_size: windows over all processes.
     Raises InputError if the stream is shorter than one window.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, batch_size: int, seed: int, rows: slice):
+    def __init__(self, stream: TokenStream, sequence_length: int, batch_size: int, rows: slice):
         if len(stream) <= sequence_length:
             raise InputError(
                 f"train.sequence_length is {sequence_length}, but the training split has {len(stream)} tokens: "
                 f"must be at most {len(stream) - 1}"
             )
         self.stream, self.sequence_length, self.batch_size = stream, sequence_length, batch_size
-        self.seed, self.rows, self.position = seed, rows, 0
+        self.rows, self.position = rows, 0
         self.window_starts: list[int] = []  # of the last batch, in the stream
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
 
     def __next__(self) -> torch.Tensor:
-        generator = np.random.default_rng((self.seed, self.position))
-        starts = generator.integers(len(self.stream) - self.sequence_length, size=self.batch_size)
+        self.window_starts = self.starts(self.position)[self.rows].tolist()
         self.position += 1
-        self.window_starts = starts[self.rows].tolist()
         windows = [self.stream.read(start, start + self.sequence_length + 1) for start in self.window_starts]
         return inputs_and_targets(torch.stack(windows))
+
+    def starts(self, position: int) -> np.ndarray:
+        """Where the windows (batch_size,) of the batch of this number start."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
+
+
+class RandomWindows(Windows):
+    """Windows that start anywhere."""
+
+    def __init__(self, stream: TokenStream, sequence_length: int, batch_size: int, seed: int, rows: slice):
+        super().__init__(stream, sequence_length, batch_size, rows)
+        self.seed = seed
+
+    def starts(self, position: int) -> np.ndarray:
+        generator = np.random.default_rng((self.seed, position))
+        return generator.integers(len(self.stream) - self.sequence_length, size=self.batch_size)
+
+
+class ParallelStreams(Windows):
+    """Windows that go on where those of the batch before stopped: each starts at the last target of the one before.
+
+    The rows begin at equal distances and go round the same stream, an end token between its end and its start.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int, batch_size: int, end_token: int, rows: slice):
+        super().__init__(stream, sequence_length, batch_size, rows)
+        self.round_tokens = len(stream) + 1
+        self.stream = TokenStream([*stream.arrays, np.array([end_token]), *stream.arrays])  # what runs over the end
+
+    def starts(self, position: int) -> np.ndarray:
+        first = np.arange(self.batch_size) * self.round_tokens // self.batch_size
+        return (first + position * self.sequence_length) % self.round_tokens
 
 
 class StreamedWindows:
