@@ -45,8 +45,17 @@ def losses(folder: Path, key: str = "loss") -> list[float]:
     return [row[key] for row in read_metrics(folder) if key in row]
 
 
-def train_until_killed(config: str, overrides: list[str], calls: int | None) -> None:
-    """To be called in a process of its own, which dies at the so many-th step of writing a checkpoint."""
+def train_until_killed(
+    config: str, overrides: list[str], rank: int, group: tuple[int, int], calls: int | None = None
+) -> None:
+    """To be called in a process of its own, which dies at the so many-th step of writing a checkpoint.
+
+    group: the number of processes that train together, and a free port.
+    """
+    processes, port = group
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     saving = False
     count = itertools.count()
 

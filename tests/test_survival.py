@@ -3,19 +3,26 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
 import signal
+import socket
+from multiprocessing import connection
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
+from small_models import random_ids, small_model
 from small_runs import train_until_killed
 from test_checkpoint import ROOT, digests, outcome
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from modeling_minrnn import load_state, save_state
 from training.checkpoint import check_output_dir, damage, list_checkpoints
 from training.config import InputError, load_config
 
@@ -35,25 +42,49 @@ def processes(monkeypatch):
     return context
 
 
-@pytest.mark.parametrize("kills", [5, soak(50)])
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(run, setting, processes, tmp_path, kills):
-    settings = {"train.steps": 60, "train.eval_every_steps": 10, "train.save_every_steps": 3, "model.dropout": 0.1}
-    expected = outcome(run(**settings, **{"train.output_dir": str(tmp_path / "uninterrupted")}))
-    config, folder = setting(**settings), tmp_path / "run"
+@pytest.mark.parametrize(("count", "kills"), [(1, 5), (2, 4), soak(1, 50), soak(2, 50)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(setting, processes, tmp_path, count, kills):
+    """All of its processes at a random moment, or one of them inside a save: the others then end by themselves."""
+    config = setting(
+        **{"train.steps": 60, "train.eval_every_steps": 10, "train.save_every_steps": 3, "model.dropout": 0.1}
+    )
+
+    def exit_codes(folder, seconds=None, victim=None, calls=None):
+        overrides = ["train.resume=auto", f"train.output_dir={folder}"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            group = (count, free.getsockname()[1])
+        ranks = [
+            processes.Process(target=train_until_killed, args=(config, overrides, rank, group, calls))
+            if rank == victim
+            else processes.Process(target=train_until_killed, args=(config, overrides, rank, group))
+            for rank in range(count)
+        ]
+        for rank in ranks:
+            rank.start()
+        if connection.wait([rank.sentinel for rank in ranks], seconds):
+            for rank in ranks:
+                rank.join(60)
+                assert not rank.is_alive()
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        return [rank.exitcode for rank in ranks]
+
+    assert set(exit_codes(tmp_path / "uninterrupted")) == {0}
+    expected = outcome(tmp_path / "uninterrupted")
+    folder = tmp_path / "run"
     chance = random.Random(0)
     killed = finished = newest = 0
     while killed < kills or not finished:
         if killed == kills:
-            calls, seconds = None, None  # to the end
+            codes = exit_codes(folder)  # to the end
         elif killed % 2:
-            calls, seconds = None, chance.uniform(0, 3)
+            codes = exit_codes(folder, seconds=chance.uniform(0, 3))
         else:
-            calls, seconds = chance.randrange(60), None  # within the first four saves
-        process = processes.Process(target=train_until_killed, args=(config, ["train.resume=auto"], calls))
-        process.start()
-        process.join(seconds)
-        process.kill()
-        process.join()
+            victim = killed // 2 % count
+            # Within the first four saves: a save is some 15 calls in the first process and one in any other.
+            codes = exit_codes(folder, victim=victim, calls=chance.randrange(4 if victim else 60))
         checkpoints = list_checkpoints(folder)
         assert [damage(path) for path in checkpoints] == [None] * len(checkpoints)
         steps = [int(path.name.removeprefix("step-")) for path in checkpoints]
@@ -61,13 +92,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(run, setti
         newest = max(steps, default=0)
         if (folder / "model.safetensors").exists():
             load_file(folder / "model.safetensors")
-        if process.exitcode == -signal.SIGKILL:
+        if -signal.SIGKILL in codes:
             killed += 1
         else:
-            assert process.exitcode == 0
+            assert set(codes) == {0}
             assert outcome(folder) == expected
             finished += 1
-        if process.exitcode == 0:
             shutil.rmtree(folder)
             newest = 0
 
@@ -110,6 +140,71 @@ def test_a_damaged_checkpoint_is_named_and_never_used(run, setting, mutations):
             assert path.name in warnings[0] or path.name == "manifest.json"  # whose digest may have been hit
         path.write_bytes(data)
     assert digests(newest)
+
+
+@pytest.mark.parametrize("mutations", [60, soak(500)])
+def test_a_damaged_model_is_named_and_loads_or_is_refused_with_a_reason(run, mutations):
+    folder = run()
+    names = sorted(json.loads((folder / "manifest.json").read_text()))
+    names = ["manifest.json", *(name for name in names if not name.endswith(".py"))]  # code is not even read
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} < set(names)
+    chance = random.Random(2)
+    refused = 0
+    for number in range(mutations):
+        path = folder / names[number % len(names)]
+        data = path.read_bytes()
+        damaged = mutated(data, chance)
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        reason = damage(folder)
+        if path.name == "manifest.json":
+            assert reason or json.loads(damaged) == json.loads(data)
+        else:
+            assert damaged == data or f"{path}: " in reason
+        try:
+            AutoModelForCausalLM.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            refused += 1
+            assert isinstance(error, (OSError, ValueError, RuntimeError)) or type(error) is Exception  # by tokenizers
+            assert str(error)
+        path.write_bytes(data)
+    assert refused > mutations / 4  # a flipped bit in a weight gives another number
+    assert damage(folder) is None
+
+
+def test_a_model_of_pickles_runs_no_code(run, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    folder = run()
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Evil()}, protocol=2))
+    with pytest.raises((OSError, pickle.UnpicklingError), match="."):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("mutations", [60, soak(500)])
+def test_a_damaged_state_of_a_conversation_is_named_and_refused(tmp_path, mutations):
+    model, path = small_model(), tmp_path / "talk.safetensors"
+    cache = model(random_ids(2, 9), use_cache=True).past_key_values
+    save_state(cache, path, model)
+    data = path.read_bytes()
+    chance = random.Random(3)
+    refused = 0
+    for _ in range(mutations):
+        damaged = mutated(data, chance)
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        try:
+            loaded = load_state(path, model)
+        except (OSError, ValueError) as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:  # blanks that pad the header
+            assert all(torch.equal(*pair) for pair in zip(loaded[0], cache[0]))
+        path.write_bytes(data)
+    assert refused > 0.9 * mutations
 
 
 @pytest.mark.parametrize("mutations", [60, soak(500)])

@@ -2,6 +2,7 @@
 
 OUTPUT_DIR/                     the best model so far, a folder for from_pretrained, with the reports of the run
     run.yaml                    the settings
+    manifest.json               the SHA-256 of each file of the model
     checkpoints/step-00000100/  everything that training needs to go on, and no pickle
         run.yaml                the settings
         model.safetensors       the parameters
@@ -12,7 +13,8 @@ OUTPUT_DIR/                     the best model so far, a folder for from_pretrai
         process_0.json          random states of Python and numpy and the position in the data, for each process
         manifest.json           the SHA-256 of each of these, written last
 
-A folder gets the name of a checkpoint when all of it is on the disk. What ends in .partial is nobody's.
+A folder gets the name of a checkpoint when all of it is on the disk. What ends in .partial is nobody's. model.ready is
+a whole model that a killed process could not move into place; the next start does.
 """
 
 import hashlib
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -46,6 +48,7 @@ from .config import InputError, RunConfig, one_line
 SETTINGS_FILE = "run.yaml"
 MANIFEST_FILE = "manifest.json"
 PARTIAL = ".partial"
+READY = "model.ready"
 KEPT_CHECKPOINTS = 2
 
 
@@ -175,8 +178,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
-    """Restore all of `state` and the random states of this process.
+    """Called by all processes: restore all of `state` and the random states of this process.
 
+    Of a damaged best model it warns, and forgets its loss, so that the next evaluation writes a whole one.
     Raises InputError if the checkpoint is of another model or of another number of processes.
     """
     try:
@@ -206,6 +210,14 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
             torch.get_device_module(accelerator.device).set_rng_state(random_states["device"], accelerator.device)
     except (SafetensorError, RuntimeError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint {checkpoint} cannot be resumed: {one_line(error)[:200]}") from error
+    folder, reason = checkpoint.parent.parent, None
+    with same_error(f"{folder}: the best model cannot be put into place"):
+        if accelerator.is_main_process:
+            install_best_model(folder)
+            reason = damage(folder) if state.progress.best_step else None
+    if reason := broadcast_object_list([reason])[0]:
+        accelerator.print(f"warning: {reason}: the best model is damaged, the next evaluation writes another")
+        state.progress.best_loss = float("inf")
 
 
 def write_shared_state(folder: Path, accelerator: Accelerator, config: RunConfig, state: TrainingState) -> None:
@@ -242,15 +254,16 @@ def process_file(folder: Path, accelerator: Accelerator, extension: str) -> Path
 def write_manifest(folder: Path) -> None:
     """Once this returns, the folder and all of its files are on the disk."""
     digests = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         sync(path)
-        digests[path.name] = sha256(path)
+        if path.is_file():
+            digests[path.relative_to(folder).as_posix()] = sha256(path)
     write_file(folder / MANIFEST_FILE, json.dumps(digests, indent=1))
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Which file of a checkpoint is not what was written, and why; None if all are."""
-    manifest = checkpoint / MANIFEST_FILE
+def damage(folder: Path) -> str | None:
+    """Which file of a checkpoint or model is not what was written, and why; None if all are."""
+    manifest = folder / MANIFEST_FILE
     try:
         digests = json.loads(manifest.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -258,8 +271,9 @@ def damage(checkpoint: Path) -> str | None:
     if not isinstance(digests, dict) or not digests:
         return f"{manifest}: not a mapping of files to digests"
     for name, digest in digests.items():
-        path = checkpoint / name
-        if path.parent != checkpoint or not path.is_file():  # what else a damaged name leads to is not opened
+        path = folder / name
+        inside = path.is_relative_to(folder) and ".." not in path.parts
+        if not inside or not path.is_file():  # what else a damaged name leads to is not opened
             return f"{path}: no such file, but {MANIFEST_FILE} lists it"
         try:
             actual = sha256(path)
@@ -289,22 +303,31 @@ def same_error(what: str) -> Iterator[None]:
 
 
 def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replaces the model in `folder` file by file, each in one go: whatever happens, every file is whole."""
+    """The model in `folder` is the one from before or this one: its files are replaced once all are on the disk."""
     partial = folder / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        for path in sorted(partial.rglob("*")):
-            target = folder / path.relative_to(partial)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                sync(path)
-                os.replace(path, target)
+        write_manifest(partial)
+        os.replace(partial, folder / READY)
         sync(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    install_best_model(folder)
+
+
+def install_best_model(folder: Path) -> None:
+    """Finish what save_best_model has begun, be it in a process that was killed."""
+    ready = folder / READY
+    for path in sorted(ready.rglob("*")):
+        target = folder / path.relative_to(ready)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(path, target)
+    sync(folder)
+    shutil.rmtree(ready, ignore_errors=True)
 
 
 def write_file(path: Path, text: str) -> None:
