@@ -6,6 +6,8 @@ with the state from the cache as the initial state.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ from .cache_minrnn import MAX_ROLLBACK_TOKENS
 from .causal_conv import causal_conv, conv_taps, windows_after
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import all_gather, conv_windows
+from .diagnose import StateReport
 from .scan import GATES, minrnn_scan, state_dtype
 
 try:
@@ -62,6 +65,7 @@ CONV_INITIALIZER_STD = 0.2
 
 NO_LOGITS = torch.empty(0, dtype=torch.long)  # for `logits_to_keep`: the loss alone
 LOSS_CHUNK_ELEMENTS = 1 << 25  # logits at a time, 128 MiB in float32
+DIAGNOSIS_CHUNK_TOKENS = 4096
 
 
 class MinRNNCausalConv(nn.Module):
@@ -273,6 +277,38 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         """As in transformers, with the custom code beside the weights for every Auto class of the model."""
         self.config.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, **kwargs)
+
+    @torch.no_grad()
+    def diagnose_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[StateReport]:
+        """What the state of each recurrence does while the model reads: timescales, saturation and size.
+
+        Args:
+            input_ids: (B, T); a long text is read in parts, in the memory of one.
+            attention_mask: (B, T), 0 for padding, which does not count.
+        """
+        reports = []
+
+        def listen_to(report: StateReport) -> Callable:
+            def listen(rnn, arguments, output):
+                hidden_states, _, _, padding_mask = arguments
+                report.add(rnn.in_proj(hidden_states), output[1], rnn.cell_type, padding_mask)
+
+            return listen
+
+        with ExitStack() as hooks:
+            for name, module in self.base_model.named_modules():
+                if isinstance(module, MinRNNRecurrence):
+                    reports.append(StateReport(name))
+                    hooks.enter_context(module.register_forward_hook(listen_to(reports[-1])))
+            if self.config.bidirectional:
+                self.base_model(input_ids, attention_mask=attention_mask)
+                return reports
+            cache = DynamicCache(config=self.config)
+            for start in range(0, input_ids.shape[1], DIAGNOSIS_CHUNK_TOKENS):
+                part = slice(start, start + DIAGNOSIS_CHUNK_TOKENS)
+                mask = None if attention_mask is None else attention_mask[:, part]
+                self.base_model(input_ids[:, part], attention_mask=mask, past_key_values=cache)
+        return reports
 
 
 def _is_damaged(file: Path) -> bool:

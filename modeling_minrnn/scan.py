@@ -11,7 +11,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +147,11 @@ def _gates(projected: Tensor, cell_type: str) -> tuple[Tensor, Tensor, Tensor]:
     return a, z, torch.sigmoid(x - positive) + positive
 
 
+def log_odds(gates: Sequence[Tensor]) -> Tensor:
+    """log((1 - a) / a), of the gate of "mingru" or the forget and input gates of "minlstm"; log a = -softplus(it)."""
+    return gates[0] if len(gates) == 1 else F.softplus(-gates[0]) - F.softplus(-gates[1])
+
+
 def _loop(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, one token at a time; differentiated by autograd."""
     a, z, c = _gates(projected.to(initial_state.dtype), cell_type)
@@ -164,9 +169,9 @@ def _loop(projected, cell_type, initial_state, reset_state, reset_mask, padding_
 def _log_space(projected, cell_type, initial_state) -> tuple[Tensor, Tensor]:
     """The paper's parallel_scan_log (appendix B): log a summed up, and logcumsumexp of log b less that sum."""
     *gates, x = projected.to(initial_state.dtype).chunk(GATES[cell_type], -1)
-    log_odds = gates[0] if cell_type == "mingru" else F.softplus(-gates[0]) - F.softplus(-gates[1])
-    log_a = (-F.softplus(log_odds)).cumsum(1)
-    log_b = -F.softplus(-log_odds) + torch.where(x >= 0, (F.relu(x) + 0.5).log(), -F.softplus(-x))
+    odds = log_odds(gates)
+    log_a = (-F.softplus(odds)).cumsum(1)
+    log_b = -F.softplus(-odds) + torch.where(x >= 0, (F.relu(x) + 0.5).log(), -F.softplus(-x))
     start = initial_state.log()[:, None]  # -inf for a state of zero; not a number for a negative one
     states = (log_a + torch.cat([start, log_b - log_a], 1).logcumsumexp(1)[:, 1:]).exp()
     return states.to(projected.dtype), states[:, -1]

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from modeling_minrnn import MinRNNConfig
+from modeling_minrnn.diagnose import StateReport
 
 from .checkpoint import SETTINGS_FILE, Progress, TrainingState, write_file
 from .config import STDLIB, DataConfig, InputError, RunConfig
@@ -124,6 +125,30 @@ def plot_loss_curve(folder: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / LOSS_CURVE_FILE, dpi=120)
+
+
+def plot_states(reports: list[StateReport], path: Path) -> None:
+    """By layer, from `model.diagnose_states`: timescales in tokens, share of saturated gates, size of the state."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    memory, gates, size = figure.subplots(1, 3, sharey=True)
+    rows = range(len(reports))
+    tenths = torch.stack([report.timescales.quantile(torch.tensor([0.1, 0.5, 0.9])) for report in reports]).tolist()
+    for row, (low, middle, high) in zip(rows, tenths):
+        memory.plot([low, high], [row, row], "-", color="C0")
+        memory.plot(middle, row, "o", color="C0")
+    memory.set(xscale="log", xlabel="timescale, tokens (median, 10 to 90 % of channels)")
+    memory.set_yticks(rows, [report.name for report in reports])
+    gates.plot([report.remembering for report in reports], rows, "o-", label="a > 0.99")
+    gates.plot([report.forgetting for report in reports], rows, "o-", label="a < 0.01")
+    gates.set(xlabel="share of the gates")
+    size.plot([report.mean_norm for report in reports], rows, "o-", label="root mean square")
+    size.plot([report.largest_state for report in reports], rows, "o-", label="largest")
+    size.set(xlabel="state")
+    for axes in (memory, gates, size):
+        axes.grid(alpha=0.3)
+    gates.legend()
+    size.legend()
+    figure.savefig(path, dpi=120)
 
 
 @dataclass
