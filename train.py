@@ -60,6 +60,7 @@ from training.report import (
     write_nonfinite,
     write_start,
 )
+from training.sharded import whole, whole_model
 from training.tasks import HeldOutQuestions, load_task
 from training.tokenizers import load_tokenizer
 
@@ -215,16 +216,17 @@ def main(path: str, overrides: list[str]) -> int:
             if progress.step % train.eval_every_steps == 0 or progress.step == train.steps:
                 started = time.perf_counter()
                 scores = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+                complete = whole_model(model)
                 if accelerator.is_main_process:
                     end_token = tokenizer.eos_token_id if train.carry_state else None
-                    scores += torch.tensor(evaluate(model, held_out, end_token=end_token))
+                    scores += torch.tensor(evaluate(complete, held_out, end_token=end_token))
                 loss, accuracy = broadcast(scores).tolist()  # the same for all: each decides below whether to go on
                 progress.evaluations_since_best += 1
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
                     with same_error(f"{output_dir}: the model cannot be written, the one from before is intact"):
                         if accelerator.is_main_process:
-                            save_best_model(output_dir, model, tokenizer)
+                            save_best_model(output_dir, complete, tokenizer)
                 record(**held_out_scores(loss, config.data), held_out_accuracy=accuracy)
                 if accelerator.is_main_process:
                     bar.write(
@@ -232,7 +234,7 @@ def main(path: str, overrides: list[str]) -> int:
                         f"accuracy {accuracy:.1%}"
                     )
                     for prompt in train.sample_prompts:
-                        bar.write(sample(model, tokenizer, prompt, train.sample_tokens, train.seed))
+                        bar.write(sample(complete, tokenizer, prompt, train.sample_tokens, train.seed))
                 timer += time.perf_counter() - started
 
             if progress.step % train.save_every_steps == 0:
@@ -335,7 +337,7 @@ def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig)
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
     """L2 norm of all gradients, which stay as they are: a report of what is not finite needs them unclipped."""
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 @torch.no_grad()

@@ -560,7 +560,9 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        # No product for nothing: after it fully_shard would let go of the head before the loss has used it.
+        logits = self.lm_head(kept) if kept.shape[1] else kept.new_empty(*kept.shape[:2], self.vocab_size)
         loss = None
         if labels is not None and kwargs.get("context_parallel_group") and kwargs.get("shift_labels") is None:
             raise ValueError("with a context_parallel_group pass shift_labels: the next chunk is on another rank")

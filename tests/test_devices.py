@@ -1,18 +1,27 @@
-"""train.py on several processes: the losses of one, however they share a batch."""
+"""train.py on several processes: the losses of one, whatever they share, and others that go on from a checkpoint."""
 
+import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import TIMEOUT, start_processes
+from safetensors.torch import load_file
 from small_models import assert_close
 from small_runs import losses
 from test_checkpoint import outcome, stop_at
-from test_train import weights
+from test_train import ROOT, weights
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 import train
+from training.checkpoint import list_checkpoints, write_manifest
 from training.config import InputError
+
+FSDP2 = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
 
 # T = 15 divides by neither 2 nor 4: chunks of 8 and 7, of 4, 4, 4 and 3.
 SETTINGS = {
@@ -33,13 +42,40 @@ def train_process(rank, count, folder, config, overrides):
     assert train.main(config, overrides) == 0
 
 
+def train_fsdp_process(*arguments):
+    """With what configs/accelerate/fsdp2.yaml says, on CPUs, where accelerate itself would not shard."""
+    from accelerate.commands import launch
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    options = launch.launch_command_parser().parse_args(["--config_file", str(FSDP2), "train.py"])
+    environment = prepare_multi_gpu_env(launch._validate_launch_command(options)[0])
+    os.environ |= {name: value for name, value in environment.items() if "FSDP" in name}
+    original, gradient_norm = AcceleratorState.__init__, train.gradient_norm
+
+    def initialise(self, *positional, fsdp_plugin=None, **named):
+        original(self, *positional, **named)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    def sharded_gradient_norm(model):
+        for parameter in model.parameters():
+            assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor)
+            assert parameter.to_local().shape[0] <= -(-parameter.shape[0] // dist.get_world_size())
+        return gradient_norm(model)
+
+    AcceleratorState.__init__, train.gradient_norm = initialise, sharded_gradient_norm
+    train_process(*arguments)
+
+
 @pytest.fixture
 def train_in_processes(tmp_path_factory):
     """Trains in so many new processes."""
 
-    def train_in_processes(count, config, *overrides):
+    def train_in_processes(count, config, *overrides, process=train_process):
         folder = tmp_path_factory.mktemp("group")
-        start_processes(train_process, (count, str(folder), config, list(overrides)), count)
+        start_processes(process, (count, str(folder), config, list(overrides)), count)
 
     return train_in_processes
 
@@ -48,6 +84,18 @@ def assert_same_run(folder, expected, tolerance):
     """Relative: what another order of summation may leave."""
     for key in ("loss", "grad_norm", "held_out_loss"):
         assert losses(folder, key) == pytest.approx(losses(expected, key), rel=tolerance)
+
+
+def assert_same_bits(folder, expected):
+    """As `outcome` has it, but for the order of what safetensors notes in its files."""
+    (digests, rows), (expected_digests, expected_rows) = outcome(folder), outcome(expected)
+    assert rows == expected_rows and digests.keys() == expected_digests.keys()
+    for name in digests:
+        if name.startswith("shard-"):
+            first, second = (load_file(list_checkpoints(run)[-1] / name) for run in (folder, expected))
+            assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+        else:
+            assert digests[name] == expected_digests[name], name
 
 
 WAYS = {
@@ -105,6 +153,65 @@ def test_a_resumed_run_over_contexts_equals_one_that_was_never_stopped(setting, 
         for name in ("model.safetensors", "optimizer.safetensors"):
             resumed.pop(name), expected.pop(name)
     assert resumed == expected
+
+
+def test_processes_that_share_the_parameters_train_as_one_does_and_so_do_others_from_their_checkpoint(
+    setting, train_main, tmp_path, train_in_processes
+):
+    config = setting(**SETTINGS | {"train.steps": 6, "train.eval_every_steps": 3, "train.save_every_steps": 3})
+    assert train_main(config) == 0
+    alone, shared = tmp_path / "run", tmp_path / "shared"
+    train_in_processes(2, config, f"train.output_dir={shared}", process=train_fsdp_process)
+    assert_same_run(shared, alone, 1e-5)
+    best = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (shared, alone)]
+    for name in best[1]:
+        assert_close(best[0][name], best[1][name], 1e-4)
+    assert (shared / "config.json").read_text() == (alone / "config.json").read_text()
+    assert {path.name for path in shared.glob("*.py")} == {path.name for path in alone.glob("*.py")}
+
+    files = {path.name: path.stat().st_size for path in list_checkpoints(shared)[-1].iterdir()}
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".yaml"}
+    shards = [files[f"shard-0000{rank}-model-00001-of-00001.safetensors"] for rank in (1, 2)]
+    assert abs(shards[0] - shards[1]) < 0.1 * shards[0] and "model.safetensors" not in files
+
+    for count, process, saved in (
+        (2, train_fsdp_process, shared),
+        (4, train_fsdp_process, shared),
+        (2, train_process, shared),
+        (1, None, shared),
+        (2, train_fsdp_process, alone),
+    ):
+        folder = tmp_path / "resumed"
+        shutil.copytree(saved, folder)
+        stop_at(folder, 3)
+        overrides = ["train.resume=true", f"train.output_dir={folder}"]
+        if process is None:
+            assert train_main(config, overrides) == 0
+        else:
+            train_in_processes(count, config, *overrides, process=process)
+        assert_same_run(folder, alone, 1e-5)
+        if count == 2 and process is train_fsdp_process and saved is shared:
+            assert_same_bits(folder, saved)
+        shutil.rmtree(folder)
+
+
+def test_what_another_number_of_processes_cannot_go_on_with_is_refused(run, setting, train_main):
+    folder = run(**{"model.dropout": 0.1})
+    for path in list_checkpoints(folder):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps(state | {"processes": 2}))
+        (path / "manifest.json").unlink()
+        write_manifest(path)
+    with pytest.raises(InputError, match="saved by 2 processes, resumed by 1: with model.dropout it would not go on"):
+        train_main(setting(**{"model.dropout": 0.1, "train.resume": True}))
+
+
+def test_a_launch_file_that_shards_is_refused_where_accelerate_would_not(setting, train_main, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(InputError, match=r"^accelerate shards parameters \(FSDP\) on GPUs only"):
+        train_main(setting())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ OUTPUT_DIR/                     the best model so far, a folder for from_pretrai
         process_0.json          random states of Python and numpy and the position in the data, for each process
         manifest.json           the SHA-256 of each of these, written last
 
+Where processes share the parameters (FSDP2), shard-*.safetensors take the place of the first two: a part of each for
+each process, see sharded.py.
+
 A folder gets the name of a checkpoint when all of it is on the disk. What ends in .partial is nobody's. model.ready is
 a whole model that a killed process could not move into place; the next start does.
 """
@@ -44,6 +47,8 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_minrnn import load_state, save_state
 
 from .config import InputError, RunConfig, one_line
+from .data import StreamedWindows
+from .sharded import SHARDS, is_sharded, load_shards, save_shards
 
 SETTINGS_FILE = "run.yaml"
 MANIFEST_FILE = "manifest.json"
@@ -159,6 +164,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
                 partial.mkdir(parents=True)
         with same_error(failure):
             write_process_state(partial, accelerator, state)
+        if is_sharded(state.model):
+            with same_error(failure):
+                save_shards(partial, state.model, state.optimizer)
         with same_error(failure):
             if main:
                 write_shared_state(partial, accelerator, config, state)
@@ -180,34 +188,41 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
     """Called by all processes: restore all of `state` and the random states of this process.
 
-    Of a damaged best model it warns, and forgets its loss, so that the next evaluation writes a whole one.
-    Raises InputError if the checkpoint is of another model or of another number of processes.
+    Another number of processes goes on with the same batches, save where it would draw other random numbers for
+    dropout, read other documents of a stream or need the states of other rows. Raises InputError then, and if the
+    checkpoint is of another model. Of a damaged best model it warns, and forgets its loss, so that the next evaluation
+    writes a whole one.
     """
     try:
         shared = json.loads((checkpoint / "state.json").read_text())
-        if shared["processes"] != accelerator.num_processes:
-            raise InputError(f"saved by {shared['processes']} processes, resumed by {accelerator.num_processes}")
-        load_model(state.model, checkpoint / "model.safetensors")
-        tensors: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
-            index, key = name.split(".")
-            tensors.setdefault(int(index), {})[key] = tensor
+        same_processes = shared["processes"] == accelerator.num_processes
+        bound = {
+            "model.dropout": state.model.config.dropout,
+            "data.streaming": isinstance(state.batches, StreamedWindows),
+            "train.carry_state": state.caches,
+        }
+        if not same_processes and any(bound.values()):
+            raise InputError(
+                f"saved by {shared['processes']} processes, resumed by {accelerator.num_processes}: with "
+                f"{' and '.join(key for key, value in bound.items() if value)} it would not go on as before"
+            )
+        if is_sharded(state.model) or any(checkpoint.glob(SHARDS)):
+            tensors = load_shards(checkpoint, state.model, state.optimizer)
+        else:
+            load_model(state.model, checkpoint / "model.safetensors")
+            tensors = {}
+            for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
+                index, key = name.split(".")
+                tensors.setdefault(int(index), {})[key] = tensor
         state.optimizer.load_state_dict({"state": tensors, "param_groups": shared["param_groups"]})
         state.scheduler.load_state_dict(shared["scheduler"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(shared["scaler"])
         state.progress = Progress(**shared["progress"])
-        process = json.loads(process_file(checkpoint, accelerator, "json").read_text())
-        state.batches.load_state_dict(process["batches"])
-        for i in range(len(state.caches) if state.progress.step else 0):  # empty before the first step
-            state.caches[i] = load_state(process_file(checkpoint, accelerator, f"cache_{i}"), state.model)
-        version, internal, gauss = process["python"]
-        random.setstate((version, tuple(internal), gauss))
-        np.random.set_state(process["numpy"])
-        random_states = load_file(process_file(checkpoint, accelerator, "safetensors"))
-        torch.set_rng_state(random_states["cpu"])
-        if accelerator.device.type != "cpu":
-            torch.get_device_module(accelerator.device).set_rng_state(random_states["device"], accelerator.device)
+        if same_processes:
+            load_process_state(accelerator, checkpoint, state)
+        else:
+            state.batches.load_state_dict(json.loads((checkpoint / "process_0.json").read_text())["batches"])
     except (SafetensorError, RuntimeError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint {checkpoint} cannot be resumed: {one_line(error)[:200]}") from error
     folder, reason = checkpoint.parent.parent, None
@@ -220,9 +235,23 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
         state.progress.best_loss = float("inf")
 
 
+def load_process_state(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
+    """Position in the data, carried states and random states of this process."""
+    process = json.loads(process_file(checkpoint, accelerator, "json").read_text())
+    state.batches.load_state_dict(process["batches"])
+    for i in range(len(state.caches) if state.progress.step else 0):  # empty before the first step
+        state.caches[i] = load_state(process_file(checkpoint, accelerator, f"cache_{i}"), state.model)
+    version, internal, gauss = process["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(process["numpy"])
+    random_states = load_file(process_file(checkpoint, accelerator, "safetensors"))
+    torch.set_rng_state(random_states["cpu"])
+    if accelerator.device.type != "cpu":
+        torch.get_device_module(accelerator.device).set_rng_state(random_states["device"], accelerator.device)
+
+
 def write_shared_state(folder: Path, accelerator: Accelerator, config: RunConfig, state: TrainingState) -> None:
     optimizer = state.optimizer.state_dict()
-    tensors = {f"{i}.{key}": tensor for i, kept in optimizer["state"].items() for key, tensor in kept.items()}
     shared = {
         "processes": accelerator.num_processes,
         "progress": asdict(state.progress),
@@ -230,8 +259,10 @@ def write_shared_state(folder: Path, accelerator: Accelerator, config: RunConfig
         "scheduler": state.scheduler.state_dict(),
         "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
     }
-    save_model(state.model, folder / "model.safetensors")
-    save_file(tensors, folder / "optimizer.safetensors")
+    if not is_sharded(state.model):
+        tensors = {f"{i}.{key}": tensor for i, kept in optimizer["state"].items() for key, tensor in kept.items()}
+        save_model(state.model, folder / "model.safetensors")
+        save_file(tensors, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(shared))
     (folder / SETTINGS_FILE).write_text(settings_yaml(config))
 

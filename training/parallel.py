@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch.distributed import ProcessGroup, init_device_mesh
 
 from .config import InputError, TrainConfig
@@ -26,6 +27,8 @@ class Share:
 
 def share_batch(accelerator: Accelerator, train: TrainConfig) -> Share:
     """Called by all processes. Raises InputError if they cannot be grouped, or the batch not be split, as set."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
+        raise InputError("accelerate shards parameters (FSDP) on GPUs only, here with fsdp_version: 2")
     processes, context_ranks = accelerator.num_processes, train.context_parallel_size
     if processes % context_ranks:
         raise InputError(f"train.context_parallel_size is {context_ranks}: must divide {processes}, the processes")

@@ -22,6 +22,7 @@ from modeling_minrnn.diagnose import StateReport
 
 from .checkpoint import SETTINGS_FILE, Progress, TrainingState, write_file
 from .config import STDLIB, DataConfig, InputError, RunConfig
+from .sharded import whole
 
 METRICS_FILE = "metrics.jsonl"
 METRICS_FILE_BYTES = 2**24
@@ -105,12 +106,12 @@ def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState
     """
     path = folder / f"nonfinite-{state.progress.step + 1:08d}.json"
     batch = gather_object([{"windows": state.batches.window_starts, "losses": torch.stack(losses).tolist()}])
+    norms = {
+        name: {"parameter": whole(parameter.norm()).item(), "gradient": whole(parameter.grad.norm()).item()}
+        for name, parameter in state.model.named_parameters()
+        if parameter.grad is not None
+    }
     if accelerator.is_main_process:
-        norms = {
-            name: {"parameter": parameter.norm().item(), "gradient": parameter.grad.norm().item()}
-            for name, parameter in state.model.named_parameters()
-            if parameter.grad is not None
-        }
         write_file(path, json.dumps({"step": state.progress.step + 1, "processes": batch, "norms": norms}, indent=1))
     return path
 
