@@ -99,14 +99,14 @@ class MinRNNRecurrence(nn.Module):
 
     def start(self, batch_size: int, like: Tensor) -> Tensor:
         """The state (B, D) of a sequence before its first token."""
-        dtype = state_dtype(like.dtype)
-        if self.initial_state is None:
+        dtype, initial_state = state_dtype(like.dtype), self.own_initial_state()
+        if initial_state is None:
             return like.new_zeros(batch_size, self.state_size, dtype=dtype)
-        return self.own_initial_state().to(dtype).expand(batch_size, -1)
+        return initial_state.to(dtype).expand(batch_size, -1)
 
     def own_initial_state(self) -> Tensor | None:
         """(D,), of this process under tensor parallelism."""
-        return self.initial_state.to_local() if hasattr(self.initial_state, "to_local") else self.initial_state
+        return getattr(self.initial_state, "to_local", lambda: self.initial_state)()
 
     def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False, group=None):
         """hidden_states (B, T, H), state (B, D) -> output (B, T, H), states (B, T, D), final state (B, D).

@@ -7,6 +7,7 @@ summed over the ranks, once a layer. No state is ever gathered.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ class ChannelParallel(TensorParallelLayer):
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         _distribute(module, param, mesh, Shard(0))
 
-    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.state_size //= mesh.size()
         in_proj = GatesColwiseParallel(split_factor=GATES[module.cell_type])
         for name, _ in list(module.in_proj.named_parameters()):
@@ -68,7 +69,7 @@ class GatesColwiseParallel(PackedColwiseParallel):
 
     @contextlib.contextmanager
     def context_around_forward(self, module: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
-        parameters = dict(module.named_parameters(recurse=False))
+        parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
         for name, parameter in parameters.items():
             module._parameters[name] = parameter.redistribute(placements=[self.own_rows]).to_local()
         try:
