@@ -1,0 +1,291 @@
+"""Past the training length: do loss, states and recall hold where a model was never trained?
+
+minGRU, minLSTM, Mamba and GPT-2 (transformers' classes) of equal size, trained alike on one CPU thread: AdamW without
+weight decay, gradient norm clipped to 1, learning rate warmed up over a tenth of the steps, then down to a tenth along
+a cosine, BATCH sequences of TRAINED_LENGTH tokens. GPT-2's table of positions, of which it learns the first
+TRAINED_LENGTH, is not counted. Experiments:
+
+text     bytes of Python's standard library. loss: nats a byte of held-out text at positions up to 64 times
+         TRAINED_LENGTH, each row from half its position on. state_rms and largest_state: of the states after so many
+         tokens (none of GPT-2, which keeps all it read). MinRNN's are means of candidates, and so bounded; "Stuffed
+         Mamba" (arXiv 2410.07145) warns of states that are not.
+passkey  a 5-digit key anywhere in a text of random letters, asked for at its end; trained on lengths up to
+         TRAINED_LENGTH. accuracy: all five digits right, by length, for minGRU with states of 1, 2 and 4 times the
+         width as well.
+recall   PAIRS pairs of a letter and a digit, then each letter once more: its digit is to follow (associative recall).
+         accuracy: digits, by the number of pairs, of which training has seen up to TRAINED_PAIRS.
+
+A row is a contender at one length; the picture shows all rows of the file. One seed each unless --seeds says more.
+
+    python -m benchmarks.paper.long_context [text passkey recall] [--only minGRU] [--steps 600] [--seeds 0]
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
+
+from benchmarks.harness import HERE, Report, parser
+from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from training.config import STDLIB, DataConfig
+from training.data import TokenStream, load_documents, token_stream
+from training.tokenizers import byte_tokenizer
+
+TRAINED_LENGTH = 64
+LENGTHS = [TRAINED_LENGTH * 2**n for n in range(7)]  # to 64 times
+TRAINED_PAIRS, PAIRS = 8, [4, 8, 12, 16, 24]
+BATCH, WIDTH, LAYERS = 32, 64, 2
+LEARNING_RATES = {"minGRU": 5e-3, "minLSTM": 5e-3, "Mamba": 3e-3, "GPT-2": 1e-3}
+EVALUATED = 16  # sequences of each length
+VOCABULARY = 258
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+IGNORED = -100
+LETTERS, DIGITS, QUESTION = range(ord("a"), ord("z") + 1), range(ord("0"), ord("9") + 1), ord("?")
+
+
+# ---- Models
+
+
+def minrnn(cell_type: str, expansion_factor: float = 1) -> MinRNNForCausalLM:
+    return MinRNNForCausalLM(
+        MinRNNConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, cell_type=cell_type,
+            expansion_factor=expansion_factor, max_timescale=TRAINED_LENGTH,
+        )
+    )  # fmt: skip
+
+
+def mamba(width: int) -> MambaForCausalLM:
+    # A layer of Mamba has no MLP: twice as many make up for it. Its parallel scan is used where mambapy is installed.
+    return MambaForCausalLM(
+        MambaConfig(
+            vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2 * LAYERS, use_mambapy=True, **NO_TOKENS
+        )
+    )
+
+
+def gpt2(width: int) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=width, n_layer=LAYERS, n_head=4, n_positions=LENGTHS[-1], embd_pdrop=0.0,
+        attn_pdrop=0.0, resid_pdrop=0.0, **NO_TOKENS,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return GPT2LMHeadModel(config)
+
+
+def parameters(model: PreTrainedModel) -> int:
+    positions = model.transformer.wpe.weight.numel() if isinstance(model, GPT2LMHeadModel) else 0
+    return model.num_parameters() - positions
+
+
+def of_equal_size(build: Callable[[int], PreTrainedModel]) -> PreTrainedModel:
+    """Of the width, a multiple of 4, whose parameters come nearest to minGRU's."""
+    with torch.device("meta"):
+        target = parameters(minrnn("mingru"))
+        width = min(range(16, 2 * WIDTH, 4), key=lambda width: abs(parameters(build(width)) - target))
+    return build(width)
+
+
+CONTENDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "minGRU": lambda: minrnn("mingru"),
+    "minLSTM": lambda: minrnn("minlstm"),
+    "Mamba": lambda: of_equal_size(mamba),
+    "GPT-2": lambda: of_equal_size(gpt2),
+}
+WIDE = {f"minGRU, state x{factor}": lambda factor=factor: minrnn("mingru", factor) for factor in (2, 4)}
+
+
+# ---- Data: batches of tokens (B, T) and of what follows each (B, T), IGNORED where there is no loss
+
+
+def draw(choices: range, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(choices.start, choices.stop, shape, generator=generator)
+
+
+def next_tokens(tokens: Tensor, questions: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets at the positions (B, n) alone."""
+    targets = torch.full_like(tokens, IGNORED).scatter(1, questions, tokens.gather(1, questions + 1))
+    return tokens[:, :-1], targets[:, :-1]
+
+
+def passkeys(length: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Letters, in them five digits, then a question mark and the digits again."""
+    tokens = draw(LETTERS, (rows, length + 1), generator)
+    key = draw(DIGITS, (rows, 5), generator)
+    start = torch.randint(length - 10, (rows, 1), generator=generator)
+    tokens.scatter_(1, start + torch.arange(5), key)
+    tokens[:, -6] = QUESTION
+    tokens[:, -5:] = key
+    return next_tokens(tokens, torch.arange(length - 5, length).expand(rows, -1))
+
+
+def pairs(number: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Letters that differ, each with a digit, twice, the second time in another order."""
+    letters = torch.rand(rows, len(LETTERS), generator=generator).argsort(1)[:, :number]
+    letters, digits = letters + LETTERS.start, draw(DIGITS, (rows, number), generator)
+    order = torch.rand(rows, number, generator=generator).argsort(1)
+    first = torch.stack([letters, digits], -1).flatten(1)
+    second = torch.stack([letters.gather(1, order), digits.gather(1, order)], -1).flatten(1)
+    questions = 2 * number + 2 * torch.arange(number)
+    return next_tokens(torch.cat([first, second], 1), questions.expand(rows, -1))
+
+
+@cache
+def text() -> list[TokenStream]:
+    """To train on, and held out."""
+    return [token_stream(documents, byte_tokenizer()) for documents in load_documents(DataConfig(dataset=STDLIB))]
+
+
+def training_batches(experiment: str, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    if experiment == "text":
+        stream = text()[0]
+        while True:
+            starts = torch.randint(len(stream) - TRAINED_LENGTH, (BATCH,), generator=generator).tolist()
+            windows = torch.stack([stream.read(start, start + TRAINED_LENGTH + 1) for start in starts])
+            yield windows[:, :-1], windows[:, 1:]
+    while True:
+        if experiment == "passkey":
+            length = int(torch.randint(16, TRAINED_LENGTH + 1, (), generator=generator))
+            yield passkeys(length, BATCH * TRAINED_LENGTH // length, generator)
+        else:
+            yield pairs(int(torch.randint(1, TRAINED_PAIRS + 1, (), generator=generator)), 2 * BATCH, generator)
+
+
+# ---- Training and measuring
+
+
+def train(model: PreTrainedModel, batches: Iterator, steps: int, learning_rate: float) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0, fused=True)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
+    model.train()
+    for _ in range(steps):
+        tokens, targets = next(batches)
+        logits = model(tokens, use_cache=False).logits
+        cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.eval()
+
+
+def states(model: PreTrainedModel, tokens: Tensor) -> Tensor | None:
+    """All that the recurrence keeps of the tokens, flat."""
+    if isinstance(model, GPT2LMHeadModel):
+        return None
+    output = model(tokens, use_cache=True)
+    if isinstance(model, MinRNNForCausalLM):
+        kept = [layer.keys for layer in output.past_key_values.layers]
+    else:
+        kept = [output.cache_params.get_recurrent_state(i) for i in range(model.config.num_hidden_layers)]
+    return torch.cat([state.flatten() for state in kept])
+
+
+@torch.no_grad()
+def measure(experiment: str, model: PreTrainedModel, seed: int) -> Iterator[dict[str, float]]:
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    if experiment == "text":
+        stream = text()[1]
+        starts = torch.linspace(0, len(stream) - LENGTHS[-1] - 1, EVALUATED).long().tolist()
+        windows = torch.stack([stream.read(start, start + LENGTHS[-1] + 1) for start in starts])
+        losses = torch.stack(
+            [cross_entropy(model(w[None, :-1], use_cache=False).logits[0], w[1:], reduction="none") for w in windows]
+        ).mean(0)
+        for length in LENGTHS:
+            row = {"length": length, "loss": losses[length // 2 : length].mean().item()}
+            if (kept := states(model, windows[:4, :length])) is not None:
+                row |= {"state_rms": kept.square().mean().sqrt().item(), "largest_state": kept.abs().max().item()}
+            yield row
+        return
+    for length in LENGTHS if experiment == "passkey" else PAIRS:
+        correct = []
+        for _ in range(EVALUATED // 4):
+            tokens, targets = (passkeys if experiment == "passkey" else pairs)(length, 4, generator)
+            asked = targets != IGNORED
+            right = (model(tokens, use_cache=False).logits.argmax(-1) == targets) | ~asked
+            correct.append(right.all(1) if experiment == "passkey" else right[asked])
+        key = "length" if experiment == "passkey" else "pairs"
+        yield {key: length, "accuracy": torch.cat(correct).float().mean().item()}
+
+
+def plot(rows: Path, picture: Path) -> None:
+    """The means over the seeds of the latest rows of each contender."""
+    latest = {}
+    for row in map(json.loads, rows.read_text().splitlines()):
+        at = row.get("length", row.get("pairs"))
+        latest[row["experiment"], row["contender"], at, row["seed"]] = row
+    panels = (("text", "loss", "length"), ("text", "state_rms", "length"), ("passkey", "accuracy", "length"),
+              ("recall", "accuracy", "pairs"))  # fmt: skip
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    for place, (experiment, value, axis) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place, xlabel=axis, ylabel=value, title=experiment)
+        for contender in [*CONTENDERS, *WIDE]:
+            points: dict[int, list[float]] = {}
+            for row in latest.values():
+                if (row["experiment"], row["contender"]) == (experiment, contender) and value in row:
+                    points.setdefault(row[axis], []).append(row[value])
+            if points:
+                ats = sorted(points)
+                axes.plot(ats, [sum(points[at]) / len(points[at]) for at in ats], "o-", label=contender, markersize=3)
+        if axis == "length":
+            axes.set_xscale("log", base=2)
+            axes.axvline(TRAINED_LENGTH, color="gray", linestyle=":")
+        else:
+            axes.axvline(TRAINED_PAIRS, color="gray", linestyle=":")
+        if value != "accuracy":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    figure.savefig(picture, dpi=120)
+
+
+def main() -> None:
+    flags = parser("paper_long_context", __doc__, rounds=1)
+    flags.add_argument("experiments", nargs="*", default=["text", "passkey", "recall"])
+    flags.add_argument("--steps", type=int, default=600)
+    flags.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options = flags.parse_args()
+    report = Report(options)
+    for experiment in options.experiments:
+        for name, build in (CONTENDERS | (WIDE if experiment == "passkey" else {})).items():
+            for seed in options.seeds:
+                if not report.wants(f"{experiment} {name}"):
+                    continue
+                torch.manual_seed(seed)
+                model = build()
+                start = time.perf_counter()
+                rate = LEARNING_RATES[name.split(",")[0]]
+                train(model, training_batches(experiment, seed), options.steps, rate)
+                run = {
+                    "experiment": experiment,
+                    "contender": name,
+                    "seed": seed,
+                    "parameters": parameters(model),
+                    "steps": options.steps,
+                    "learning_rate": rate,
+                    "training_seconds": time.perf_counter() - start,
+                }
+                for row in measure(experiment, model, seed):
+                    report.add(**run, **row)
+    report.print_table()
+    plot(options.output, HERE / "results" / "paper_long_context.png")
+
+
+if __name__ == "__main__":
+    main()
