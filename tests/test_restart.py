@@ -120,7 +120,7 @@ def failing(self, *arguments):
             raise RuntimeError("this device is gone")
         if start == "second0":
             os.kill(os.getppid(), signal.SIGTERM)
-            while self.flag_tensor is None:  # until torchrun has passed it on
+            while not self.flag_tensor:  # until torchrun has passed it on
                 time.sleep(0.01)
     backward(self, *arguments)
 
@@ -151,7 +151,6 @@ def test_what_ends_one_process_ends_all_and_the_next_start_goes_on_to_the_same_b
 
     output, errors = torchrun("first", "run", 1)  # killed, started again, and failed
     ended = time.time()
-    assert "exitcode: -9" in errors
     assert "RuntimeError: this device is gone" in errors[errors.index("failing.py FAILED") :]  # said by torchrun
     times = [line.split() for line in output.splitlines() if line.startswith(("began", "failed"))]
     assert [what for what, _ in times] == ["began", "began", "failed", "began", "began", "failed"]
