@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallelism and both, by transformers' own means: the losses of one process."""
+"""FSDP2, tensor parallelism and both, by transformers' own means: the losses of one process, saved and resumed."""
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+
+from training.sharded import load_shards, save_shards
 
 STEPS = 6
 T = 9
@@ -85,7 +87,7 @@ class Collectives(TorchDispatchMode):
 
 
 def train_sharded(folder, sizes):
-    """The losses, what is sharded, and what a forward pass sends."""
+    """The losses, what is sharded, and what a forward pass sends; what it saves on the way."""
     model = load(folder / "start", sizes)
     kinds, widths = {}, []
     for name, parameter in model.named_parameters():
@@ -101,12 +103,30 @@ def train_sharded(folder, sizes):
             model(random_ids(1, T), use_cache=False)
     for hook in hooks:
         hook.remove()
+    optimizer = optimizer_of(model)
+    first = losses(model, optimizer, range(STEPS // 2), *own_rows(model))
+    save_shards(folder / "shards", model, optimizer)
+    model.save_pretrained(folder / "consolidated")
+    second = losses(model, optimizer, range(STEPS // 2, STEPS), *own_rows(model))
     return {
-        "losses": losses(model, optimizer_of(model), range(STEPS), *own_rows(model)),
+        "losses": first + second,
         "kinds": kinds,
         "sent": sent.counts,
         "widths": widths,
     }
+
+
+def resume(model, folder, *share):
+    """The losses from where `train_sharded` saved."""
+    optimizer = optimizer_of(model)
+    state = load_shards(folder / "shards", model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return losses(model, optimizer, range(STEPS // 2, STEPS), *share)
+
+
+def resume_sharded(folder, sizes):
+    model = load(folder / "start", sizes)
+    return resume(model, folder, *own_rows(model))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
@@ -144,6 +164,25 @@ def test_tensor_parallelism_gathers_no_state_inside_a_layer(trained):
             assert rank["widths"] == [9, 9]  # of 18 channels
             # One sum for the embedding, two a layer, and one gathering of the logits.
             assert rank["sent"] == {"all_reduce": 5, "all_gather_into_tensor": 1}
+
+
+def test_what_they_save_is_gone_on_with_by_others(trained):
+    way, folder, expected, _ = trained
+    assert all(path.suffix == ".safetensors" for path in (folder / "shards").iterdir())  # no pickle
+    if way == "both":
+        runs = [resume(AutoModelForCausalLM.from_pretrained(folder / "start").train(), folder)]
+    else:
+        count, sizes = (4, WAYS["both"]) if way == "tensor" else (2, WAYS["tensor"])
+        runs = run_in_processes(resume_sharded, count, folder, sizes)
+    for run in runs:
+        assert run == pytest.approx(expected[STEPS // 2 :], rel=TOLERANCE)
+
+
+def test_what_they_save_as_one_model_loads_in_one_process(trained):
+    _, folder, expected, _ = trained
+    model = AutoModelForCausalLM.from_pretrained(folder / "consolidated")
+    ids = random_ids(4, T, seed=STEPS // 2)
+    assert model(ids, labels=ids).loss.item() == pytest.approx(expected[STEPS // 2], rel=TOLERANCE)
 
 
 def test_sizes_that_do_not_divide_are_refused_in_one_line(tmp_path):
