@@ -107,7 +107,7 @@ def main(path: str, overrides: list[str]) -> int:
 
     # ---- Loop
     accelerator.wait_for_everyone()  # all have checked the folder before it changes
-    state = TrainingState(model, optimizer, scheduler, batches)
+    state = TrainingState(model, optimizer, scheduler, batches, context_ranks=share.context_ranks)
     if train.carry_state:
         state.caches = [DynamicCache(config=model.config) for _ in range(train.gradient_accumulation_steps)]
     if checkpoint:
@@ -235,6 +235,7 @@ def main(path: str, overrides: list[str]) -> int:
                     )
                     for prompt in train.sample_prompts:
                         bar.write(sample(complete, tokenizer, prompt, train.sample_tokens, train.seed))
+                del complete  # where processes share the parameters, all of them once more
                 timer += time.perf_counter() - started
 
             if progress.step % train.save_every_steps == 0:

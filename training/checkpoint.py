@@ -77,6 +77,7 @@ class TrainingState:
     scheduler: LRScheduler
     batches: Any  # an iterator over tensors with state_dict and load_state_dict
     progress: Progress = field(default_factory=Progress)
+    context_ranks: int = 1  # processes that share each sequence
     caches: list[Cache] = field(default_factory=list)  # what each micro-batch reads on from, with train.carry_state
 
 
@@ -188,23 +189,23 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
     """Called by all processes: restore all of `state` and the random states of this process.
 
-    Another number of processes goes on with the same batches, save where it would draw other random numbers for
-    dropout, read other documents of a stream or need the states of other rows. Raises InputError then, and if the
-    checkpoint is of another model. Of a damaged best model it warns, and forgets its loss, so that the next evaluation
-    writes a whole one.
+    Another number of processes, or one that shares sequences otherwise, goes on with the same batches, save where it
+    would draw other random numbers for dropout, read other documents of a stream or need the states of other rows.
+    Raises InputError then, and if the checkpoint is of another model. Of a damaged best model it warns, and forgets
+    its loss, so that the next evaluation writes a whole one.
     """
     try:
         shared = json.loads((checkpoint / "state.json").read_text())
-        same_processes = shared["processes"] == accelerator.num_processes
+        before, now = shared["processes"], [accelerator.num_processes, state.context_ranks]
         bound = {
             "model.dropout": state.model.config.dropout,
             "data.streaming": isinstance(state.batches, StreamedWindows),
             "train.carry_state": state.caches,
         }
-        if not same_processes and any(bound.values()):
+        if before != now and any(bound.values()):
             raise InputError(
-                f"saved by {shared['processes']} processes, resumed by {accelerator.num_processes}: with "
-                f"{' and '.join(key for key, value in bound.items() if value)} it would not go on as before"
+                f"saved by {before[0]} processes, {before[1]} to a sequence, resumed by {now[0]}, {now[1]} to a "
+                f"sequence: with {' and '.join(key for key in bound if bound[key])} it would not go on as before"
             )
         if is_sharded(state.model) or any(checkpoint.glob(SHARDS)):
             tensors = load_shards(checkpoint, state.model, state.optimizer)
@@ -219,9 +220,9 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(shared["scaler"])
         state.progress = Progress(**shared["progress"])
-        if same_processes:
+        if before == now:
             load_process_state(accelerator, checkpoint, state)
-        else:
+        else:  # all processes have the same position in the data, and draw no random numbers
             state.batches.load_state_dict(json.loads((checkpoint / "process_0.json").read_text())["batches"])
     except (SafetensorError, RuntimeError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"checkpoint {checkpoint} cannot be resumed: {one_line(error)[:200]}") from error
@@ -253,7 +254,7 @@ def load_process_state(accelerator: Accelerator, checkpoint: Path, state: Traini
 def write_shared_state(folder: Path, accelerator: Accelerator, config: RunConfig, state: TrainingState) -> None:
     optimizer = state.optimizer.state_dict()
     shared = {
-        "processes": accelerator.num_processes,
+        "processes": [accelerator.num_processes, state.context_ranks],
         "progress": asdict(state.progress),
         "param_groups": optimizer["param_groups"],
         "scheduler": state.scheduler.state_dict(),

@@ -199,10 +199,10 @@ def test_what_another_number_of_processes_cannot_go_on_with_is_refused(run, sett
     folder = run(**{"model.dropout": 0.1})
     for path in list_checkpoints(folder):
         state = json.loads((path / "state.json").read_text())
-        (path / "state.json").write_text(json.dumps(state | {"processes": 2}))
+        (path / "state.json").write_text(json.dumps(state | {"processes": [1, 2]}))
         (path / "manifest.json").unlink()
         write_manifest(path)
-    with pytest.raises(InputError, match="saved by 2 processes, resumed by 1: with model.dropout it would not go on"):
+    with pytest.raises(InputError, match="by 1 processes, 2 to a sequence, resumed by 1, 1 to a sequence: with"):
         train_main(setting(**{"model.dropout": 0.1, "train.resume": True}))
 
 
