@@ -43,7 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_minrnn import NO_LOGITS, MinRNNForCausalLM
 
 BATCH = 2
-LENGTHS = [1024, 4096]  # of the whole sequence
+LENGTHS = [512, 2048]  # of the whole sequence
 RANKS = [1, 2, 4]
 DEVICES = [8, 64, 1024]
 LINKS_GB_PER_S = [450, 50, 12.5, 1.25]  # NVLink 4, InfiniBand NDR, 100 and 10 Gbit/s Ethernet

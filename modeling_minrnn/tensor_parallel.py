@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 from transformers import PreTrainedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, TensorParallelLayer
@@ -69,13 +69,16 @@ class GatesColwiseParallel(PackedColwiseParallel):
 
     @contextlib.contextmanager
     def context_around_forward(self, module: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
-        parameters: dict[str, Any] = dict(module.named_parameters(recurse=False))
-        for name, parameter in parameters.items():
-            module._parameters[name] = parameter.redistribute(placements=[self.own_rows]).to_local()
+        # Quantised ones are this rank's already.
+        whole = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
+        own: dict[str, Any] = {
+            name: p.redistribute(placements=[self.own_rows]).to_local() for name, p in whole.items()
+        }
+        module._parameters.update(own)
         try:
             yield
         finally:
-            module._parameters.update(parameters)
+            module._parameters.update(whole)
 
 
 def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:

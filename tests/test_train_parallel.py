@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.commands import launch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from processes import TIMEOUT, start_processes
 from safetensors.torch import load_file
 from small_models import assert_close
-from small_runs import losses
+from small_runs import losses, write_config
 from test_checkpoint import outcome, stop_at
 from test_train import ROOT, weights
 from torch.distributed.tensor import DTensor
@@ -42,12 +46,12 @@ def train_process(rank, count, folder, config, overrides):
     assert train.main(config, overrides) == 0
 
 
+def train_alone(rank, count, folder, config, overrides):
+    assert train.main(config, overrides) == 0
+
+
 def train_fsdp_process(*arguments):
     """With what configs/accelerate/fsdp2.yaml says, on CPUs, where accelerate itself would not shard."""
-    from accelerate.commands import launch
-    from accelerate.state import AcceleratorState, DistributedType, PartialState
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
     options = launch.launch_command_parser().parse_args(["--config_file", str(FSDP2), "train.py"])
     environment = prepare_multi_gpu_env(launch._validate_launch_command(options)[0])
     os.environ |= {name: value for name, value in environment.items() if "FSDP" in name}
@@ -69,15 +73,10 @@ def train_fsdp_process(*arguments):
     train_process(*arguments)
 
 
-@pytest.fixture
-def train_in_processes(tmp_path_factory):
+def train_in_processes(count, config, *overrides, process=train_process):
     """Trains in so many new processes."""
-
-    def train_in_processes(count, config, *overrides, process=train_process):
-        folder = tmp_path_factory.mktemp("group")
-        start_processes(process, (count, str(folder), config, list(overrides)), count)
-
-    return train_in_processes
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(process, (count, folder, config, list(overrides)), count)
 
 
 def assert_same_run(folder, expected, tolerance):
@@ -107,7 +106,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_several_processes_train_as_one_does(setting, train_main, tmp_path, train_in_processes, way):
+def test_several_processes_train_as_one_does(setting, train_main, tmp_path, way):
     count, overrides, tolerance = WAYS[way]
     config = setting(**SETTINGS)
     train_in_processes(count, config, *overrides, f"train.output_dir={tmp_path / 'several'}")
@@ -117,9 +116,7 @@ def test_several_processes_train_as_one_does(setting, train_main, tmp_path, trai
     assert_same_run(tmp_path / "several", expected, tolerance)
 
 
-def test_processes_that_share_a_sequence_read_the_same_stream(
-    setting, streaming, train_main, tmp_path, train_in_processes
-):
+def test_processes_that_share_a_sequence_read_the_same_stream(setting, streaming, train_main, tmp_path):
     config = setting(**SETTINGS, **streaming)
     train_in_processes(2, config, "train.context_parallel_size=2", f"train.output_dir={tmp_path / 'several'}")
     assert train_main(config) == 0
@@ -135,7 +132,7 @@ def test_processes_that_share_a_question_score_its_answer_once(setting, train_ma
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_resumed_run_over_contexts_equals_one_that_was_never_stopped(setting, tmp_path, train_in_processes, count):
+def test_a_resumed_run_over_contexts_equals_one_that_was_never_stopped(setting, tmp_path, count):
     settings = {"train.steps": 4, "train.save_every_steps": 2, "model.dropout": 0.1, "train.context_parallel_size": 2}
     config, folder = setting(**SETTINGS | settings), tmp_path / "run"
     train_in_processes(count, config)
@@ -155,44 +152,57 @@ def test_a_resumed_run_over_contexts_equals_one_that_was_never_stopped(setting, 
     assert resumed == expected
 
 
-def test_processes_that_share_the_parameters_train_as_one_does_and_so_do_others_from_their_checkpoint(
-    setting, train_main, tmp_path, train_in_processes
-):
-    config = setting(**SETTINGS | {"train.steps": 6, "train.eval_every_steps": 3, "train.save_every_steps": 3})
-    assert train_main(config) == 0
-    alone, shared = tmp_path / "run", tmp_path / "shared"
+@pytest.fixture(scope="module")
+def alone_and_shared(tmp_path_factory):
+    """A configuration, its run in one process, and that in two that share the parameters."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = SETTINGS | {"train.steps": 6, "train.eval_every_steps": 3, "train.save_every_steps": 3}
+    config, alone, shared = write_config(folder, **settings), folder / "alone", folder / "shared"
+    train_in_processes(1, config, f"train.output_dir={alone}", process=train_alone)
     train_in_processes(2, config, f"train.output_dir={shared}", process=train_fsdp_process)
+    return config, alone, shared
+
+
+def test_processes_that_share_the_parameters_train_as_one_does(alone_and_shared):
+    _, alone, shared = alone_and_shared
+    assert len(losses(alone)) == 6
     assert_same_run(shared, alone, 1e-5)
-    best = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (shared, alone)]
-    for name in best[1]:
-        assert_close(best[0][name], best[1][name], 1e-4)
+
+
+def test_what_they_leave_is_a_whole_model_and_a_checkpoint_with_a_part_of_each(alone_and_shared):
+    _, alone, shared = alone_and_shared
+    model, expected = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (shared, alone))
+    for name in expected:
+        assert_close(model[name], expected[name], 1e-4)  # Adam divides by gradients however small
     assert (shared / "config.json").read_text() == (alone / "config.json").read_text()
     assert {path.name for path in shared.glob("*.py")} == {path.name for path in alone.glob("*.py")}
-
     files = {path.name: path.stat().st_size for path in list_checkpoints(shared)[-1].iterdir()}
-    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".yaml"}
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".yaml"}  # no pickle
     shards = [files[f"shard-0000{rank}-model-00001-of-00001.safetensors"] for rank in (1, 2)]
     assert abs(shards[0] - shards[1]) < 0.1 * shards[0] and "model.safetensors" not in files
 
-    for count, process, saved in (
-        (2, train_fsdp_process, shared),
-        (4, train_fsdp_process, shared),
-        (2, train_process, shared),
-        (1, None, shared),
-        (2, train_fsdp_process, alone),
-    ):
-        folder = tmp_path / "resumed"
-        shutil.copytree(saved, folder)
-        stop_at(folder, 3)
-        overrides = ["train.resume=true", f"train.output_dir={folder}"]
-        if process is None:
-            assert train_main(config, overrides) == 0
-        else:
-            train_in_processes(count, config, *overrides, process=process)
-        assert_same_run(folder, alone, 1e-5)
-        if count == 2 and process is train_fsdp_process and saved is shared:
-            assert_same_bits(folder, saved)
-        shutil.rmtree(folder)
+
+# How many go on, whether they share the parameters, and from what.
+OTHERS = {
+    "two that share": (2, train_fsdp_process, "shared", []),
+    "four that share, two to a sequence": (4, train_fsdp_process, "shared", ["train.context_parallel_size=2"]),
+    "two that do not share": (2, train_process, "shared", []),
+    "one": (1, train_alone, "shared", []),
+    "two that share, after one": (2, train_fsdp_process, "alone", []),
+}
+
+
+@pytest.mark.parametrize("others", OTHERS)
+def test_any_number_of_processes_goes_on(alone_and_shared, tmp_path, others):
+    config, alone, shared = alone_and_shared
+    count, process, before, overrides = OTHERS[others]
+    folder = tmp_path / "run"
+    shutil.copytree(shared if before == "shared" else alone, folder)
+    stop_at(folder, 3)
+    train_in_processes(count, config, *overrides, "train.resume=true", f"train.output_dir={folder}", process=process)
+    assert_same_run(folder, alone, 1e-5)
+    if others == "two that share":
+        assert_same_bits(folder, shared)
 
 
 def test_what_another_number_of_processes_cannot_go_on_with_is_refused(run, setting, train_main):
