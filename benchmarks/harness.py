@@ -78,6 +78,39 @@ def interleave(contenders: dict[Hashable, Callable[[], float]], rounds: int) -> 
     return samples
 
 
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most memory that a call of `function` takes beyond what this process holds, in a forked process (Linux).
+
+    Call it on something small before, which compiles and allocates for good, and on nothing large: what that leaves in
+    the heap is taken again without being counted.
+    """
+    reader, writer = os.pipe()
+    gc.collect()
+    child = os.fork()
+    if not child:  # never returns, whatever happens
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+            before = _memory("VmRSS")
+            function()
+            os.write(writer, str(_memory("VmHWM") - before).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        raise RuntimeError("the process that was to measure the memory died")
+    return int(answer)
+
+
+def _memory(field: str) -> int:
+    """Bytes, as /proc/self/status has them in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith(f"{field}:")]
+    return 1024 * int(line.split()[1])
+
+
 def relative_error(tensors: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:
     """The largest relative L2 error over pairs of tensors. NaN counts as infinite."""
     pairs = [(t.double(), r.double()) for t, r in zip(tensors, reference, strict=True)]
@@ -171,11 +204,13 @@ def _text(value: object) -> str:
 
 def _environment() -> dict[str, object]:
     """What a reader needs to repeat the run."""
+    spec = sys.modules["__main__"].__spec__  # of a module that was started by its name
+    program = ["-m", spec.name] if spec else sys.argv[:1]
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         # The results that earlier runs appended do not make the code another one.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *program, *sys.argv[1:]]),
         "threads": THREADS,
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),

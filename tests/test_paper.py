@@ -1,0 +1,54 @@
+"""The paper's benchmarks run from end to end, on contenders of equal size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.paper.models import contenders, parameters
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_contenders_are_of_equal_size_and_causal():
+    settings = {"conv_kernel_size": 4, "intermediate_size": 0, "tie_word_embeddings": False}
+    tokens = torch.randint(19, (2, 12), generator=torch.Generator().manual_seed(0))
+    models = {name: build() for name, build in contenders(19, 32, 2, 12, settings).items()}
+    size = parameters(models["minGRU"])
+    for name, model in models.items():
+        assert abs(parameters(model) / size - 1) < 0.12, name
+        changed = tokens.clone()
+        changed[:, 7:] += 1
+        with torch.no_grad():
+            before, after = model.eval()(tokens), model(changed % 19)
+        assert before.shape == (2, 12, 19)
+        torch.testing.assert_close(before[:, :7], after[:, :7])
+        assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def run(tmp_path, module, *flags):
+    output = tmp_path / "rows.jsonl"
+    command = [sys.executable, "-m", f"benchmarks.paper.{module}", *flags, "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert all(row["command"].startswith(f"python -m benchmarks.paper.{module} ") for row in rows)
+    return rows
+
+
+def test_a_task_is_trained_and_a_second_run_gives_the_same(tmp_path):
+    flags = ["bucket_sort", "--only", "minLSTM", "--steps", "30", "--seeds", "0", "1", "0"]
+    first, other, again = run(tmp_path, "tasks", *flags)
+    assert first["accuracy"] == again["accuracy"] != other["accuracy"] and first["accuracy"] > 0.22  # one of five
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_speed_and_memory_are_measured(tmp_path):
+    rows = run(tmp_path, "speed", "--only", "loop of nn.GRUCell", "--lengths", "16", "1024", "2048", "--rounds", "1")
+    assert [row["T"] for row in rows] == [16, 1024, 2048]
+    # The loop keeps at least gates and state of every step; what it keeps and takes is linear in T.
+    assert rows[2]["peak_mb"] > 4 * 2048 * 64 * 4 * 4 / 1e6 and 1.5 < rows[2]["peak_mb"] / rows[1]["peak_mb"] < 2.6
