@@ -129,22 +129,22 @@ def in_own_process(function: Callable, *arguments: object) -> Any:
 
 
 def plot(rows: Path, picture: Path) -> None:
-    """Peak memory and speed against T, from the latest row of each contender and length."""
-    latest = {}
-    for line in rows.read_text().splitlines():
-        row = json.loads(line)
-        latest[row["contender"], row["T"]] = row
+    """Peak memory and speed against T, from the latest rows of each contender and length."""
+    latest: dict[tuple[str, int], dict] = {}
+    for row in map(json.loads, rows.read_text().splitlines()):
+        values = {key: value.get("value") if isinstance(value, dict) else value for key, value in row.items()}
+        latest.setdefault((row["contender"], row["T"]), {}).update(values)
     figure = Figure(figsize=(10, 4), layout="constrained")
     labels = {"peak_gb": "peak memory beyond the model's, GB", "tokens_per_cpu_s": "tokens per CPU second"}
     for place, (key, label) in enumerate(labels.items(), 1):
         axes = figure.add_subplot(1, 2, place, xscale="log", yscale="log", xlabel="T, tokens", ylabel=label)
         for contender in STEPS:
-            points = sorted((T, row[key]) for (name, T), row in latest.items() if name == contender)
-            points = [(T, value["value"] if isinstance(value, dict) else value) for T, value in points]
+            points = sorted((T, row[key]) for (name, T), row in latest.items() if name == contender and key in row)
             if points:
                 axes.plot(*zip(*points), "o-", label=contender, linewidth=1, markersize=4)
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(picture, dpi=120)
 
 

@@ -6,9 +6,10 @@ a cosine, BATCH sequences of TRAINED_LENGTH tokens. GPT-2's table of positions, 
 TRAINED_LENGTH, is not counted. Experiments:
 
 text     bytes of Python's standard library. loss: nats a byte of held-out text at positions up to 64 times
-         TRAINED_LENGTH, each row from half its position on. state_rms and largest_state: of the states after so many
-         tokens (none of GPT-2, which keeps all it read). MinRNN's are means of candidates, and so bounded; "Stuffed
-         Mamba" (arXiv 2410.07145) warns of states that are not.
+         TRAINED_LENGTH, each row from half its position on; loss_in_parts: of the same bytes, each read with no more
+         than TRAINED_LENGTH before it, so that a text which is harder there does not pass for a failure. state_rms and
+         largest_state: of the states after so many tokens (none of GPT-2, which keeps all it read). MinRNN's are means
+         of candidates, and so bounded; "Stuffed Mamba" (arXiv 2410.07145) warns of states that are not.
 passkey  a 5-digit key anywhere in a text of random letters, asked for at its end; trained on lengths up to
          TRAINED_LENGTH. accuracy: all five digits right, by length, for minGRU with states of 1, 2 and 4 times the
          width as well.
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
@@ -206,8 +208,21 @@ def measure(experiment: str, model: PreTrainedModel, seed: int) -> Iterator[dict
         losses = torch.stack(
             [cross_entropy(model(w[None, :-1], use_cache=False).logits[0], w[1:], reduction="none") for w in windows]
         ).mean(0)
+        half = TRAINED_LENGTH // 2
+        parts = windows.unfold(
+            1, TRAINED_LENGTH + 1, half
+        )  # the second half of each: all positions but the first half
+        in_parts = [
+            cross_entropy(model(p[:, :-1], use_cache=False).logits[:, half:].mT, p[:, half + 1 :], reduction="none")
+            for p in parts
+        ]
+        losses_in_parts = torch.stack(in_parts).mean(0).flatten()
         for length in LENGTHS:
-            row = {"length": length, "loss": losses[length // 2 : length].mean().item()}
+            row = {
+                "length": length,
+                "loss": losses[length // 2 : length].mean().item(),
+                "loss_in_parts": losses_in_parts[length // 2 - half : length - half].mean().item(),
+            }
             if (kept := states(model, windows[:4, :length])) is not None:
                 row |= {"state_rms": kept.square().mean().sqrt().item(), "largest_state": kept.abs().max().item()}
             yield row
@@ -223,8 +238,12 @@ def measure(experiment: str, model: PreTrainedModel, seed: int) -> Iterator[dict
         yield {key: length, "accuracy": torch.cat(correct).float().mean().item()}
 
 
+def means(rows: list[dict], axis: str, ats: list[int], value: str) -> list[float]:
+    return [mean(row[value] for row in rows if row[axis] == at) for at in ats]
+
+
 def plot(rows: Path, picture: Path) -> None:
-    """The means over the seeds of the latest rows of each contender."""
+    """The means over the seeds of the latest rows of each contender; dotted: loss_in_parts."""
     latest = {}
     for row in map(json.loads, rows.read_text().splitlines()):
         at = row.get("length", row.get("pairs"))
@@ -235,13 +254,12 @@ def plot(rows: Path, picture: Path) -> None:
     for place, (experiment, value, axis) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place, xlabel=axis, ylabel=value, title=experiment)
         for contender in [*CONTENDERS, *WIDE]:
-            points: dict[int, list[float]] = {}
-            for row in latest.values():
-                if (row["experiment"], row["contender"]) == (experiment, contender) and value in row:
-                    points.setdefault(row[axis], []).append(row[value])
-            if points:
-                ats = sorted(points)
-                axes.plot(ats, [sum(points[at]) / len(points[at]) for at in ats], "o-", label=contender, markersize=3)
+            own = [row for row in latest.values() if (row["experiment"], row["contender"]) == (experiment, contender)]
+            ats = sorted({row[axis] for row in own if value in row})
+            if ats:
+                (line,) = axes.plot(ats, means(own, axis, ats, value), "o-", label=contender, markersize=3)
+                if value == "loss":
+                    axes.plot(ats, means(own, axis, ats, "loss_in_parts"), ":", color=line.get_color())
         if axis == "length":
             axes.set_xscale("log", base=2)
             axes.axvline(TRAINED_LENGTH, color="gray", linestyle=":")
