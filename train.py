@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, gather_object, parse_flag_from_env, set_seed
-from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors
 from torch.optim.lr_scheduler import LRScheduler
@@ -44,9 +43,9 @@ from training.data import (
     IGNORED,
     ParallelStreams,
     RandomWindows,
-    StreamedWindows,
     TokenStream,
     load_documents,
+    streamed_windows,
     token_stream,
 )
 from training.hub import push_folder
@@ -278,9 +277,16 @@ def load_data(
         tokenizer = load_tokenizer(data.tokenizer, (document["text"] for document in documents))
         held_out = token_stream(held_out_documents, tokenizer, data.held_out_tokens)
         if data.streaming:
-            own_documents = split_dataset_by_node(documents, share.data_rank, share.data_ranks)
-            own_streams = train.batch_size // share.data_ranks
-            return tokenizer, StreamedWindows(own_documents, tokenizer, train.sequence_length, own_streams), held_out
+            batches = streamed_windows(
+                documents,
+                tokenizer,
+                train.sequence_length,
+                train.batch_size // share.data_ranks,
+                process=share.data_rank,
+                processes=share.data_ranks,
+                workers=data.workers,
+            )
+            return tokenizer, batches, held_out
         stream = token_stream(documents, tokenizer)
     shape = train.sequence_length, train.batch_size
     if train.carry_state:

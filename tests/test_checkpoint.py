@@ -137,8 +137,10 @@ def train_in_new_processes(number, config, *overrides):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_new_processes_go_on_as_the_old_ones_would_have(setting, streaming, tmp_path, train_main, processes):
-    config = setting(**SETTINGS, **(streaming if processes == 2 else {}))
+def test_new_processes_and_their_workers_go_on_as_the_old_ones_would_have(
+    setting, streaming, tmp_path, train_main, processes
+):
+    config = setting(**SETTINGS, data=streaming["data"] | {"workers": 2})
     folder = tmp_path / "run"
     train_in_new_processes(processes, config, "train.save_every_steps=4")
     expected = outcome(folder)

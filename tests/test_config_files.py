@@ -72,6 +72,11 @@ def test_a_wrong_override_is_one_line_about_its_key(minimal, override, message):
         ("data: {dataset: python-stdlib}", "train.steps is missing"),
         ("- train", "not a mapping of the sections model, data, train and hub"),
         ("train: [", "while parsing a flow node did not find expected node content"),
+        (
+            MINIMAL.replace("python-stdlib", "python-stdlib, workers: 1"),
+            "data.workers is 1: must be 0, or",
+        ),
+        (MINIMAL.replace("python-stdlib", "python-stdlib, workers: -1"), "data.workers is -1: must be 0, or"),
         (MINIMAL.replace("steps: 9", "steps: 0"), "train.steps is 0: must be at least 1"),
         (MINIMAL.replace("length: 8", "length: 0"), "train.sequence_length is 0: must be at least 1"),
         (MINIMAL.replace("dataset: python-stdlib", ""), "data: set one of data.dataset"),

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from training.data import (
     cut,
     is_held_out,
     load_documents,
+    streamed_windows,
     token_stream,
 )
 from training.tokenizers import byte_tokenizer, character_tokenizer
@@ -281,3 +284,64 @@ def test_streamed_windows_resume_where_they_were_also_in_a_second_pass(folder):
             _, resumed = streamed(folder)
             resumed.load_state_dict(state)
         assert all(torch.equal(next(resumed), next(batches)) for _ in range(400))
+
+
+# ---- Workers
+
+
+def worker_windows(folder, workers, process=0, processes=1):
+    config = DataConfig(dataset=str(folder), text_column="body", streaming=True, held_out_tokens=50)
+    documents = load_documents(config)[0]
+    return streamed_windows(documents, byte_tokenizer(), 7, 3, process=process, processes=processes, workers=workers)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this process has cores
+def test_workers_make_the_batches_of_their_readers_in_turn_and_resume_after_any_of_them(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # workers import from there what they are given
+    random_state = torch.get_rng_state()
+    readers = [worker_windows(folder, 0, reader, 2) for reader in range(2)]
+    expected = [next(readers[number % 2]) for number in range(700)]  # each reader reads its half more than once
+    batches, start = worker_windows(folder, 2), 0
+    for stop in (0, 5, 700):  # some readers are stopped again before they have made a batch
+        state = json.loads(json.dumps(batches.state_dict()))
+        batches = worker_windows(folder, 2)
+        batches.load_state_dict(state)
+        for number in range(start, stop):
+            assert torch.equal(next(batches), expected[number])
+        start = stop
+    last = batches.readers[1]
+    assert batches.window_starts == [[1, window] for window in last.window_starts]
+    assert last.window_starts[-1] == 350 * 3 * 7 - 7
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+ORPHANS = """
+import os, signal, sys
+sys.path += ["tests", "."]
+from pathlib import Path
+import test_data
+
+if __name__ == "__main__":
+    batches = test_data.worker_windows(Path(sys.argv[1]), 2)
+    next(batches)
+    print(*(worker.pid for worker in batches.batches._workers), flush=True)
+    for worker in batches.batches._workers:  # as at the end of a batch job
+        os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(20):
+        next(batches)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_outlive_the_signals_that_training_saves_after_and_end_with_it(folder, tmp_path):
+    (tmp_path / "script.py").write_text(ORPHANS)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", folder], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = [Path("/proc", pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 120  # they look every 5 s
+    while any(worker.exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

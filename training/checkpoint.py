@@ -47,7 +47,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_minrnn import load_state, save_state
 
 from .config import InputError, RunConfig, one_line
-from .data import StreamedWindows
+from .data import StreamedWindows, WorkerWindows
 from .sharded import SHARDS, is_sharded, load_shards, save_shards
 
 SETTINGS_FILE = "run.yaml"
@@ -199,7 +199,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
         before, now = shared["processes"], [accelerator.num_processes, state.context_ranks]
         bound = {
             "model.dropout": state.model.config.dropout,
-            "data.streaming": isinstance(state.batches, StreamedWindows),
+            "data.streaming": isinstance(state.batches, (StreamedWindows, WorkerWindows)),
             "train.carry_state": state.caches,
         }
         if before != now and any(bound.values()):

@@ -32,6 +32,8 @@ class DataConfig:
     text_column: str = "text"
     # Documents arrive in the order of the data set while the model trains; nothing is stored on disk.
     streaming: bool = False
+    # Processes that read and tokenise ahead for each training process; 0: it does so itself, between its steps.
+    workers: int = 0
 
     # Plain UTF-8 text: paths or globs. One document a file.
     files: list[str] = field(default_factory=list)
@@ -63,6 +65,8 @@ class DataConfig:
             raise InputError(f"data.held_out_tokens is {self.held_out_tokens}: must be at least 2, or null for all")
         if self.streaming and (self.held_out_tokens is None or not self.dataset or self.dataset == STDLIB):
             raise InputError("data.streaming needs a data set of the Hub or a local folder, and data.held_out_tokens")
+        if self.workers < 0 or (self.workers and not self.streaming):
+            raise InputError(f"data.workers is {self.workers}: must be 0, or positive with data.streaming")
 
 
 @dataclass

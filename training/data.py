@@ -8,14 +8,19 @@ import glob
 import hashlib
 import sysconfig
 import tokenize
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, SIGTERM, signal
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from .config import STDLIB, DataConfig, InputError
@@ -104,10 +109,9 @@ def dataset_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Da
     training = load_split(config, config.split)
     if config.held_out_split:
         return training, load_split(config, config.held_out_split)
-    fraction = config.held_out_fraction
-    return (
-        training.filter(lambda text: not is_held_out(text, fraction), input_columns="text"),
-        training.filter(lambda text: is_held_out(text, fraction), input_columns="text"),
+    return tuple(
+        training.filter(partial(is_in_split, config.held_out_fraction, held_out), input_columns="text")
+        for held_out in (False, True)
     )
 
 
@@ -130,6 +134,11 @@ def is_held_out(text: str, fraction: float) -> bool:
     """A fixed pseudo-random choice by the text itself: a document and its exact duplicates land on the same side."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def is_in_split(fraction: float, held_out: bool, text: str) -> bool:
+    """Of the module, not a lambda: workers get it by its name."""
+    return is_held_out(text, fraction) == held_out
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -302,9 +311,12 @@ class StreamedWindows:
     ):
         self.documents, self.tokenizer = documents, tokenizer
         self.sequence_length, self.rows = sequence_length, rows
+        self.batches: Iterator[list[str]] | None = None  # begun by the process that reads them
+        self.position: dict[str, Any] | None = None  # in the documents; None: nothing is read yet
+        # The tokens of whole batches of documents, each with the position before it and its length; how many are used.
         self.tokens: list[int] = []
-        self.batches = self.document_batches()
-        self.position = documents.state_dict()
+        self.origins: deque[tuple[dict[str, Any] | None, int]] = deque()
+        self.used = 0
         self.read_tokens = 0
 
     def document_batches(self) -> Iterator[list[str]]:
@@ -318,13 +330,21 @@ class StreamedWindows:
         return self
 
     def __next__(self) -> torch.Tensor:
-        needed = self.rows * self.sequence_length
-        while len(self.tokens) <= needed:
-            self.tokens += chain.from_iterable(encode(next(self.batches), self.tokenizer))
-        tokens = torch.tensor(self.tokens[: needed + 1])
-        self.tokens = self.tokens[needed:]
-        self.read_tokens += needed
-        return inputs_and_targets(tokens.unfold(0, self.sequence_length + 1, self.sequence_length))
+        self.batches = self.batches or self.document_batches()
+        start, stop = self.used, self.used + self.rows * self.sequence_length
+        while len(self.tokens) <= stop:
+            before = self.position
+            tokens = [*chain.from_iterable(encode(next(self.batches), self.tokenizer))]
+            self.tokens += tokens
+            self.origins.append((before, len(tokens)))
+        windows = torch.tensor(self.tokens[start : stop + 1]).unfold(0, self.sequence_length + 1, self.sequence_length)
+        self.used = stop
+        self.read_tokens += stop - start
+        while self.used >= self.origins[0][1]:
+            _, length = self.origins.popleft()
+            del self.tokens[:length]
+            self.used -= length
+        return inputs_and_targets(windows)
 
     @property
     def window_starts(self) -> list[int]:
@@ -332,9 +352,111 @@ class StreamedWindows:
         return [self.read_tokens - left * self.sequence_length for left in range(self.rows, 0, -1)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"documents": self.position, "tokens": self.tokens, "read_tokens": self.read_tokens}
+        """A position in the documents and how many tokens after it are used: the tokens themselves would be many."""
+        position = self.origins[0][0] if self.origins else self.position
+        return {"position": position, "used": self.used, "read_tokens": self.read_tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.documents.set_epoch(state["documents"]["epoch"])
-        self.documents.load_state_dict(state["documents"])
-        self.position, self.tokens, self.read_tokens = state["documents"], state["tokens"], state["read_tokens"]
+        if state["position"]:
+            self.documents.set_epoch(state["position"]["epoch"])
+            self.documents.load_state_dict(state["position"])
+        self.follow(state)
+
+    def follow(self, state: dict[str, Any]) -> None:
+        """Take over the state of a worker, in the process that does not read."""
+        self.position, self.used, self.read_tokens = state["position"], state["used"], state["read_tokens"]
+
+
+class WorkerWindows:
+    """The batches of several readers in turn, each made ahead of time in a process of its own.
+
+    With each batch comes the state of its reader, so that what was read ahead is read again after a resume.
+    """
+
+    def __init__(self, readers: list[StreamedWindows]):
+        self.readers, self.turn = readers, 0  # whose batch is next
+        self.batches: Iterator[tuple[torch.Tensor, dict[str, Any]]] | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.batches is None:
+            loader = DataLoader(
+                ReaderOfWorker(self.readers[self.turn :] + self.readers[: self.turn]),
+                batch_size=None,
+                num_workers=len(self.readers),
+                collate_fn=unchanged,
+                worker_init_fn=ignore_signals,
+                generator=torch.Generator(),  # or it would draw from the random state of training
+                # A fork would copy threads and signal handlers; what a forkserver starts outlives a training process
+                # that is killed.
+                multiprocessing_context="spawn",
+            )
+            self.batches = iter(loader)
+        batch, state = next(self.batches)
+        self.readers[self.turn].follow(state)
+        self.turn = (self.turn + 1) % len(self.readers)
+        return batch
+
+    @property
+    def window_starts(self) -> list[list[int]]:
+        """Of the last batch: the number of its reader, and the window in all that this one has read."""
+        last = (self.turn - 1) % len(self.readers)
+        return [[last, start] for start in self.readers[last].window_starts]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"turn": self.turn, "readers": [reader.state_dict() for reader in self.readers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.turn = state["turn"]
+        for reader, of_reader in zip(self.readers, state["readers"], strict=True):
+            reader.load_state_dict(of_reader)
+
+
+class ReaderOfWorker(torch.utils.data.IterableDataset):
+    """What a DataLoader asks each of its workers for: the batches of one reader, with its state after each."""
+
+    def __init__(self, readers: list[StreamedWindows]):
+        self.readers = readers
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        reader = self.readers[get_worker_info().id]
+        return ((batch, reader.state_dict()) for batch in reader)
+
+
+def unchanged(batch: Any) -> Any:
+    return batch
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and the end of a batch job reach all processes; workers end with the training, which saves first."""
+    for number in (SIGINT, SIGTERM):
+        signal(number, SIG_IGN)
+
+
+def streamed_windows(
+    documents: IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    rows: int,
+    *,
+    process: int,
+    processes: int,
+    workers: int,
+) -> StreamedWindows | WorkerWindows:
+    """Batches (2, rows, T) of one of several processes, read by itself or by its workers, each of other documents.
+
+    Batch n is that of worker n modulo `workers`: their number decides about the data, as that of the processes does.
+    """
+    count = max(workers, 1)
+    readers = [
+        StreamedWindows(
+            split_dataset_by_node(documents, process * count + worker, processes * count),
+            tokenizer,
+            sequence_length,
+            rows,
+        )
+        for worker in range(count)
+    ]
+    return WorkerWindows(readers) if workers else readers[0]
