@@ -1,7 +1,7 @@
 # make train   install into .venv, train configs/demo.yaml (minutes on two CPU cores), complete a prompt
 # make test    lint, types and all tests but those below, on two cores
 # make conformance   transformers' own tests of a model, those of FSDP among them, which take minutes
-# make soak   50 kills, 500 damaged files and 10,000 steps: the long forms of tests, some ten minutes on one core
+# make soak   100 kills, 2000 damaged files and 10,000 steps: the long forms of tests, half an hour on one core
 # Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
 
 PYTHON ?= python3

@@ -136,11 +136,11 @@ def train_in_new_processes(number, config, *overrides):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
 def test_new_processes_and_their_workers_go_on_as_the_old_ones_would_have(
-    setting, streaming, tmp_path, train_main, processes
+    setting, streaming, tmp_path, train_main, processes, workers
 ):
-    config = setting(**SETTINGS, data=streaming["data"] | {"workers": 2})
+    config = setting(**SETTINGS, data=streaming["data"] | {"workers": workers})
     folder = tmp_path / "run"
     train_in_new_processes(processes, config, "train.save_every_steps=4")
     expected = outcome(folder)
