@@ -323,22 +323,25 @@ import test_data
 
 if __name__ == "__main__":
     batches = test_data.worker_windows(Path(sys.argv[1]), 2)
-    next(batches)
+    next(batches), next(batches)  # both workers have begun
     print(*(worker.pid for worker in batches.batches._workers), flush=True)
     for worker in batches.batches._workers:  # as at the end of a batch job
         os.kill(worker.pid, signal.SIGTERM)
     for _ in range(20):
         next(batches)
+    if sys.argv[2] == "fails":
+        raise RuntimeError("this device is gone")
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_outlive_the_signals_that_training_saves_after_and_end_with_it(folder, tmp_path):
+@pytest.mark.parametrize(("end", "code"), [("killed", -signal.SIGKILL), ("fails", 1)])
+def test_workers_outlive_the_signals_that_training_saves_after_and_end_with_it(folder, tmp_path, end, code):
     (tmp_path / "script.py").write_text(ORPHANS)
     done = subprocess.run(
-        [sys.executable, tmp_path / "script.py", folder], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, tmp_path / "script.py", folder, end], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.returncode == code, done.stderr
     workers = [Path("/proc", pid) for pid in done.stdout.split()]
     assert len(workers) == 2
     deadline = time.monotonic() + 120  # they look every 5 s

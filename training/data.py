@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, SIGTERM, signal
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, alarm, signal
 from typing import Any
 
 import numpy as np
@@ -387,7 +387,7 @@ class WorkerWindows:
                 batch_size=None,
                 num_workers=len(self.readers),
                 collate_fn=unchanged,
-                worker_init_fn=ignore_signals,
+                worker_init_fn=outlive_signals,
                 generator=torch.Generator(),  # or it would draw from the random state of training
                 # A fork would copy threads and signal handlers; what a forkserver starts outlives a training process
                 # that is killed.
@@ -429,10 +429,16 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
-def ignore_signals(worker: int) -> None:
-    """Ctrl-C and the end of a batch job reach all processes; workers end with the training, which saves first."""
-    for number in (SIGINT, SIGTERM):
-        signal(number, SIG_IGN)
+def outlive_signals(worker: int) -> None:
+    """Ctrl-C and the end of a batch job reach all processes; training, which saves then, has to find its workers."""
+    signal(SIGINT, SIG_IGN)
+    signal(SIGTERM, end_soon)
+
+
+def end_soon(number: int, frame: Any) -> None:
+    """In the 30 s that a launcher gives, or at the next SIGTERM: a training process that fails waits for this."""
+    signal(SIGTERM, SIG_DFL)
+    alarm(30)
 
 
 def streamed_windows(
