@@ -44,7 +44,7 @@ from transformers import (
 from benchmarks.harness import HERE, Report, parser
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 from training.config import STDLIB, DataConfig
-from training.data import TokenStream, load_documents, token_stream
+from training.data import IGNORED, TokenStream, load_documents, token_stream
 from training.tokenizers import byte_tokenizer
 
 TRAINED_LENGTH = 64
@@ -55,7 +55,6 @@ LEARNING_RATES = {"minGRU": 5e-3, "minLSTM": 5e-3, "Mamba": 3e-3, "GPT-2": 1e-3}
 EVALUATED = 16  # sequences of each length
 VOCABULARY = 258
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-IGNORED = -100
 LETTERS, DIGITS, QUESTION = range(ord("a"), ord("z") + 1), range(ord("0"), ord("9") + 1), ord("?")
 
 
