@@ -35,6 +35,12 @@ def test_a_launch_file_begins_with_its_command_and_every_key_is_one_of_accelerat
             assert section.keys() <= known.keys(), name
 
 
+def test_the_readme_of_the_launch_files_has_a_line_for_each():
+    lines = (ROOT / "configs" / "accelerate" / "README.md").read_text().splitlines()
+    named = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    assert sorted(named) == [path.name for path in FILES]
+
+
 def test_the_deepspeed_file_asks_for_zero_2_and_leaves_the_rest_to_the_trainer(monkeypatch):
     """What accelerate would start DeepSpeed with, which is not installed."""
     started = []
@@ -57,6 +63,22 @@ def test_train_refuses_deepspeed_in_one_line(setting, train_main, monkeypatch, t
     with pytest.raises(InputError, match="^DeepSpeed steps by itself, .*: launch it without$"):
         train_main(setting())
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_on_the_cpu_trains_as_without_a_launcher(setting, tmp_path, train_main):
+    config, launched = setting(), tmp_path / "launched"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "train.py", config, f"train.output_dir={launched}"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 x cpu" in done.stdout
+    assert train_main(config) == 0
+    assert losses(launched) == losses(tmp_path / "run")
 
 
 def test_two_machines_train_like_one_process(setting, tmp_path, train_main):
