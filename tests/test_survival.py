@@ -243,8 +243,8 @@ def test_the_memory_of_a_run_does_not_grow(run, monkeypatch, steps, bytes_a_step
     page = resource.getpagesize()
     evaluate = train.evaluate
 
-    def measured(*arguments):
-        loss = evaluate(*arguments)
+    def measured(*arguments, **settings):
+        loss = evaluate(*arguments, **settings)
         with open("/proc/self/statm") as file:
             sizes.append(int(file.read().split()[1]) * page)
         return loss

@@ -123,7 +123,7 @@ def test_processes_that_share_a_sequence_read_the_same_stream(setting, streaming
     assert_same_run(tmp_path / "several", tmp_path / "run", 1e-5)
 
 
-def test_processes_that_share_a_question_score_its_answer_once(setting, train_main, tmp_path, train_in_processes):
+def test_processes_that_share_a_question_score_its_answer_once(setting, train_main, tmp_path):
     task = {"data.files": [], "data.task": "parity", "data.task_lengths": [1, 14], "data.held_out_lengths": [3, 9]}
     config = setting(**SETTINGS | task)
     train_in_processes(2, config, "train.context_parallel_size=2", f"train.output_dir={tmp_path / 'several'}")
