@@ -7,6 +7,7 @@ scan of transformers, and mambapy's), GPT-2 and Llama, at the sizes that their c
 width.
 
 peak_mb: the most memory that one forward and backward took beyond what the process held before, in a forked process.
+A contender that takes more than LIMIT_S is given no longer sequence.
 slope: of log(seconds) against log(T) over T >= 1024, by least squares; 1 is linear, 2 quadratic.
 slowdown: seconds over those of the minGRU (or, among the blocks, of the MinRNN block with minGRU) at the same T.
 
@@ -14,6 +15,7 @@ slowdown: seconds over those of the minGRU (or, among the blocks, of the MinRNN 
 """
 
 import functools
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -27,6 +29,7 @@ from modeling_minrnn.scan import GATES
 
 BATCH, WIDTH = 4, 64
 LENGTHS = [64, 256, 1024, 4096, 16384]
+LIMIT_S = 5
 MINIMAL, BLOCK = "minGRU", "MinRNN block, minGRU"  # what the others are compared with
 
 
@@ -131,24 +134,34 @@ def main() -> None:
     for run in runs(min(LENGTHS)).values():
         run()
     # Before anything else: what larger runs leave in the heap would be taken again without being counted.
-    peaks = {T: {name: peak_bytes(run) for name, run in runs(T).items()} for T in options.lengths}
+    peaks: dict[tuple[str, int], int] = {}
+    slow = set()
+    for T in options.lengths:
+        for name, run in runs(T).items():
+            if name not in slow:
+                started = time.perf_counter()
+                peaks[name, T] = peak_bytes(run)
+                if time.perf_counter() - started > LIMIT_S:
+                    slow.add(name)
     samples = {
-        T: interleave({name: timed(run) for name, run in runs(T).items()}, options.rounds) for T in options.lengths
+        T: interleave({name: timed(run) for name, run in runs(T).items() if (name, T) in peaks}, options.rounds)
+        for T in options.lengths
     }
-    long = [T for T in options.lengths if T >= 1024]
     for name in chosen:
+        lengths = [T for T in options.lengths if (name, T) in peaks]
+        long = [T for T in lengths if T >= 1024]
         seconds = [samples[T].seconds(name) for T in long]
         slope = float(np.polyfit(np.log(long), np.log(seconds), 1)[0]) if len(long) > 1 else None
         base = BLOCK if "block" in name else MINIMAL
-        for T in options.lengths:
+        for T in lengths:
             report.add(
                 contender=name,
                 B=BATCH,
                 T=T,
                 width=WIDTH,
                 ms=1e3 * samples[T].seconds(name),
-                slowdown=samples[T].ratio(name, base) if base in chosen else None,
-                peak_mb=peaks[T][name] / 1e6,
+                slowdown=samples[T].ratio(name, base) if (base, T) in peaks else None,
+                peak_mb=peaks[name, T] / 1e6,
                 slope=slope,
             )
     report.print_table()
