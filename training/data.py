@@ -8,6 +8,7 @@ import glob
 import hashlib
 import sysconfig
 import tokenize
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from functools import partial
@@ -232,7 +233,7 @@ def inputs_and_targets(windows: torch.Tensor) -> torch.Tensor:
     return torch.stack([windows[:, :-1], windows[:, 1:]])
 
 
-class Windows:
+class Windows(ABC):
     """Endless batches (2, B, T), inputs and targets, of windows of a stream.
 
     A batch is a function of its number: that is all there is to resume, and any number of processes that each take
@@ -261,9 +262,9 @@ class Windows:
         windows = [self.stream.read(start, start + self.sequence_length + 1) for start in self.window_starts]
         return inputs_and_targets(torch.stack(windows))
 
+    @abstractmethod
     def starts(self, position: int) -> np.ndarray:
         """Where the windows (batch_size,) of the batch of this number start."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
