@@ -81,7 +81,8 @@ def changed_model(name):
 
 
 def test_every_variant_with_modules_of_its_own_is_written_out():
-    assert {name for name, variant in VARIANTS.items() if variant.change} == set(WRITTEN_OUT)
+    written_out = {VARIANTS[name].change for name in WRITTEN_OUT}
+    assert {variant.change for variant in VARIANTS.values()} == {None, *written_out}
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
@@ -113,13 +114,13 @@ def setting():
     return load_config(str(SETTING), ["data.files=[input.txt]"])
 
 
-def test_variants_without_mlp_have_as_many_parameters_where_they_say_so(setting):
+def test_variants_of_another_shape_have_as_many_parameters(setting):
     tokenizer = character_tokenizer(["".join(map(chr, range(32, 94)))])  # 62 characters and 3 special tokens
     with torch.device("meta"):
         sizes = {name: variant.build(setting.model, tokenizer).num_parameters() for name, variant in VARIANTS.items()}
     default = sizes["minGRU: conv, RNN, MLP"]
     assert sizes["no MLP"] < 0.3 * default
-    for name in ("no MLP, state 822 wide", "no MLP, 7 layers"):
+    for name in ("no MLP, state 822 wide", "no MLP, 7 layers", "6 layers of 128"):
         assert abs(sizes[name] / default - 1) < 0.05
     for name in ("conv in the RNN's branch, after its norm", "MLP before RNN", "candidate v for g(v), signed state"):
         assert sizes[name] == default

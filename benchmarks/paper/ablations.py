@@ -174,6 +174,7 @@ class Variant:
 
 MINLSTM = {"cell_type": "minlstm"}
 NO_MLP = {"intermediate_size": 0}
+DEEPER = {"hidden_size": 128, "num_hidden_layers": 6}
 VARIANTS = {
     "minGRU: conv, RNN, MLP": Variant(),
     "no conv": Variant({"conv_kernel_size": 0}),
@@ -188,6 +189,8 @@ VARIANTS = {
     "max_timescale 1024": Variant({"max_timescale": 1024}),
     "learned initial state": Variant({"learned_initial_state": True}),
     "weight decay on the gates": Variant(decayed_gates=True),
+    "6 layers of 128": Variant(DEEPER),
+    "6 layers of 128, MLP before RNN": Variant(DEEPER, change=mlp_before_rnn),
     "minLSTM": Variant(MINLSTM),
     "minLSTM, max_timescale 256": Variant(MINLSTM | {"max_timescale": 256}),
     "minLSTM, f and i not normalised": Variant(MINLSTM, change=recurrence(UnnormalisedRecurrence)),
