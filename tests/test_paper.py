@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.paper import tasks
 from benchmarks.paper.models import Family, parameters
 from benchmarks.paper.render import PAGE, render
 from benchmarks.paper.shakespeare import held_out_loss
 from training.data import TokenStream
+from training.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,6 +55,16 @@ def test_a_task_is_trained_and_a_second_run_gives_the_same(tmp_path):
     flags = ["bucket_sort", "--only", "minLSTM", "--steps", "30", "--seeds", "0", "1", "0"]
     first, other, again = run(tmp_path, "tasks", *flags)
     assert first["accuracy"] == again["accuracy"] != other["accuracy"] and first["accuracy"] > 0.22  # one of five
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_setting_to_train_it(tmp_path, monkeypatch, task):
+    output = tmp_path / "rows.jsonl"
+    flags = ["--only", "minGRU", "--steps", "1", "--layers", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["tasks", task, *flags])
+    tasks.main()
+    row = json.loads(output.read_text())
+    assert row["task"] == task and 0 <= row["accuracy"] <= 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")

@@ -40,6 +40,7 @@ class Setting:
     layers: list[int]
     width: int  # of the minGRU
     minrnn: dict[str, Any]  # further arguments of MinRNNConfig
+    betas: tuple[float, float] = (0.9, 0.999)
     learning_rates: dict[str, float] = field(default_factory=dict)  # where it is not DEFAULT_LEARNING_RATE
 
 
@@ -100,7 +101,8 @@ def main() -> None:
     setting = SELECTIVE_COPYING if options.task == "selective_copying" else CHOMSKY
     task, steps = TASKS[options.task], options.steps or setting.steps
     tokenizer = character_tokenizer([task.symbols, MARK])
-    questions = Questions(task, tokenizer, setting.lengths[1])
+    lengths = max(task.shortest, setting.lengths[0]), setting.lengths[1]
+    questions = Questions(task, tokenizer, lengths[1])
     held_out = HeldOutQuestions(Questions(task, tokenizer, setting.held_out_lengths[1]), setting.held_out_lengths)
     positions = held_out.questions.sequence_length
     for layers in options.layers or setting.layers:
@@ -112,10 +114,10 @@ def main() -> None:
                 for seed in options.seeds:
                     torch.manual_seed(seed)
                     model = family.of_equal_size(name, setting.width)
-                    batches = TaskBatches(questions, setting.lengths, setting.batch_size, seed, slice(None))
+                    batches = TaskBatches(questions, lengths, setting.batch_size, seed, slice(None))
                     started = time.perf_counter()
                     curve = {}
-                    for step in train(model, cut_to_answers(batches), steps, rate):
+                    for step in train(model, cut_to_answers(batches), steps, rate, betas=setting.betas):
                         if step % EVALUATE_EVERY_STEPS == 0 or step == steps:
                             curve[step] = accuracy(model, held_out)
                     reached = [step for step, value in curve.items() if value >= 0.99]
