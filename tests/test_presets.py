@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import write_config
+from small_runs import TEXT
 
 from benchmarks.paper import sweep
 from train import build_model
@@ -32,11 +32,19 @@ def test_a_preset_has_as_many_parameters_as_its_name_says_with_both_cells(path, 
 
 
 def test_a_sweep_is_a_run_of_train_py_for_each_combination(tmp_path, monkeypatch):
-    output = tmp_path / "rows.jsonl"
-    overrides = ["train.learning_rate=0.01,0.02", "model.cell_type=mingru,minlstm", "train.steps=4"]
-    monkeypatch.setattr("sys.argv", ["sweep", write_config(tmp_path), *overrides, "--output", str(output)])
+    text, output = tmp_path / "text.txt", tmp_path / "rows.jsonl"
+    text.write_text(TEXT)
+    overrides = ["train.learning_rate=0.01,0.02", "model.cell_type=minlstm", "train.steps=4", "train.warmup_steps=2"]
+    data = ["data.dataset=null", f"data.files=[{text}]", "data.held_out_tokens=200"]
+    monkeypatch.setattr("sys.argv", ["sweep", "1m", *overrides, *data, "--output", str(output)])
     sweep.main()
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    settings = [(row["learning_rate"], row["cell_type"], row["steps"]) for row in rows]
-    assert settings == [(rate, cell, 4) for rate in (0.01, 0.02) for cell in ("mingru", "minlstm")]
-    assert len({row["held_out_loss"] for row in rows}) == 4
+    first, second = map(json.loads, output.read_text().splitlines())
+    for row, rate in ((first, 0.01), (second, 0.02)):
+        assert (row["learning_rate"], row["cell_type"], row["steps"], row["warmup_steps"]) == (rate, "minlstm", 4, 2)
+        assert row["parameters"] == 1036080
+    assert first["held_out_loss"] != second["held_out_loss"]
+
+
+def test_a_sweep_tries_all_combinations():
+    tried = sweep.combinations(["a.b=1,2", "c.d=x", "e.f=3,4"])
+    assert tried == [[f"a.b={b}", "c.d=x", f"e.f={f}"] for b in (1, 2) for f in (3, 4)]

@@ -1,7 +1,7 @@
 """Which settings the presets of configs/presets should have: short runs of train.py, one row each.
 
-    python -m benchmarks.paper.sweep configs/presets/1m.yaml \\
-        train.steps=400 train.warmup_steps=20 train.learning_rate=2e-3,4e-3 model.cell_type=mingru,minlstm
+    python -m benchmarks.paper.sweep 1m train.learning_rate=2e-3,4e-3 model.cell_type=mingru,minlstm \\
+        train.steps=300 train.warmup_steps=15 train.batch_size=8
 
 Overrides are those of train.py; values between commas are tried one by one, all combinations of them.
 
@@ -9,14 +9,9 @@ held_out_loss: nats per token over the whole held-out text after the last step. 
 """
 
 import itertools
-import json
-import tempfile
-import time
-from pathlib import Path
 
-from benchmarks.harness import Report, parser
-from modeling_minrnn import MinRNNForCausalLM
-from train import main as train
+from benchmarks.harness import HERE, Report, parser, run_train
+from modeling_minrnn import MinRNNConfig
 from training.config import load_config
 
 
@@ -29,36 +24,31 @@ def combinations(overrides: list[str]) -> list[list[str]]:
 
 def main() -> None:
     flags = parser("paper_sweep", __doc__, rounds=1)
-    flags.add_argument("preset", type=Path)
+    flags.add_argument("preset", metavar="NAME")
     flags.add_argument("overrides", nargs="*", metavar="section.key=value[,value]")
     options = flags.parse_args()
     report = Report(options)
     for overrides in combinations(options.overrides):
-        if not report.wants(" ".join(overrides)):
+        if not report.wants(" ".join([options.preset, *overrides])):
             continue
-        settings = load_config(str(options.preset), overrides).train
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
-            once = [f"train.{key}={settings.steps}" for key in ("eval_every_steps", "save_every_steps")]
-            started = time.perf_counter()
-            train(str(options.preset), [*overrides, *once, f"train.output_dir={run}"])
-            minutes = (time.perf_counter() - started) / 60
-            *_, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            model = MinRNNForCausalLM.from_pretrained(run)
+        config = load_config(str(HERE.parent / "configs" / "presets" / f"{options.preset}.yaml"), overrides)
+        model, settings = MinRNNConfig(**config.model), config.train
+        once = [f"train.{key}={settings.steps}" for key in ("eval_every_steps", "save_every_steps")]
+        run = run_train(f"presets/{options.preset}.yaml", *overrides, *once, "train.sample_prompts=[]")
         report.add(
-            preset=options.preset.stem,
-            parameters=model.num_parameters(),
-            cell_type=model.config.cell_type,
-            max_timescale=model.config.max_timescale,
-            initializer_range=model.config.initializer_range,
+            preset=options.preset,
+            parameters=run.parameters,
+            cell_type=model.cell_type,
+            max_timescale=model.max_timescale,
+            initializer_range=model.initializer_range,
             learning_rate=settings.learning_rate,
             warmup_steps=settings.warmup_steps,
             steps=settings.steps,
             batch_size=settings.batch_size,
             sequence_length=settings.sequence_length,
             seed=settings.seed,
-            held_out_loss=last["held_out_loss"],
-            minutes=minutes,
+            held_out_loss=run.held_out_loss,
+            minutes=run.seconds / 60,
         )
     report.print_table()
 
