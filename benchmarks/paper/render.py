@@ -127,11 +127,45 @@ def chomsky() -> str:
     return table(["accuracy, %", *names], lines)
 
 
+def nats(values: list[float], sign: str = "") -> str:
+    """Mean and standard deviation of losses."""
+    rounded = round(mean(values), 3) + 0.0  # no -0.000
+    return f"{rounded:{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+ABLATED = ("6 layers of 128", "minLSTM")  # what variants are compared with whose names begin so; others: the first
+
+
+def ablations() -> str:
+    """The difference is that to what the variant is one of, seed by seed."""
+    runs: dict[str, dict[int, Row]] = {}
+    for row in rows("paper_ablations", "variant", "seed", "steps"):
+        runs.setdefault(row["variant"], {})[row["seed"]] = row
+    lines = []
+    for name, own in runs.items():
+        default = next((runs[begin] for begin in ABLATED if name.startswith(begin)), next(iter(runs.values())))
+        differences = [row["held_out_loss"] - default[seed]["held_out_loss"] for seed, row in own.items()]
+        lines.append(
+            (
+                name,
+                f"{own[0]['parameters']:,}",
+                len(own),
+                nats([row["held_out_loss"] for row in own.values()]),
+                "" if own is default else nats(differences, "+"),
+                f"{mean(row['state_norm'] for row in own.values()):.1f}",
+                f"{max(row['largest_state'] for row in own.values()):.0f}",
+            )
+        )
+    columns = ("", "parameters", "seeds", "held-out loss", "difference", "norm of states", "largest state")
+    return table(columns, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "speed": speed,
     "selective copying": selective_copying,
     "chomsky": chomsky,
+    "ablations": ablations,
 }
 PLOTS: dict[str, Callable[[Path], None]] = {"paper_speed.png": plot_speed}
 
