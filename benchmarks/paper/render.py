@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -134,6 +135,33 @@ def learning_rates() -> str:
     return table(["initialisation", *(f"{rate:g}" for rate in rates)], lines)
 
 
+def plot_selective_copying(path: Path) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    found = [row for row in task_runs() if row["task"] == "selective_copying"]
+    axes = figure.add_subplot(1, 2, 1, xlabel="layers", ylabel="accuracy", ylim=(0, 1.02), xticks=(1, 2, 3))
+    trained = [row for row in found if row["steps"] > WINDOW_STEPS]
+    for (name,), own in grouped(trained, "contender").items():
+        plot_means(axes, {layers: runs for (layers,), runs in grouped(own, "layers").items()}, "accuracy", name)
+    axes = figure.add_subplot(1, 2, 2, xlabel=f"learning rate, {WINDOW_STEPS} steps", xscale="log", ylim=(0, 1.02))
+    sweep = [row for row in found if row["steps"] == WINDOW_STEPS]
+    for (plain,), own in grouped(sweep, "plain").items():
+        by_rate = {rate: runs for (rate,), runs in grouped(own, "learning_rate").items()}
+        plot_means(axes, by_rate, "accuracy", "MinRNNConfig's initialisation" if plain else "the preset's")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def plot_means(axes: Axes, runs: dict[float, list[Row]], value: str, label: str) -> None:
+    """Means with standard deviations, in the order of what they are plotted over."""
+    ordered = sorted((at, [row[value] for row in own]) for at, own in runs.items())
+    spreads = [stdev(values) if len(values) > 1 else 0 for _, values in ordered]
+    axes.errorbar(
+        [at for at, _ in ordered], [mean(v) for _, v in ordered], spreads, marker=".", capsize=2, label=label
+    )
+
+
 def shakespeare() -> str:
     lines = []
     for row in rows("paper_shakespeare", "experiment", "contender", "seed"):
@@ -145,22 +173,28 @@ def shakespeare() -> str:
     return table(["", "settings", "parameters", "steps", "minutes", "held-out loss", "to reach"], lines)
 
 
+def shakespeare_equal_runs() -> list[Row]:
+    """minGRU, whose tokens and time the others have, has one run for both."""
+    found = rows("paper_shakespeare", "experiment", "contender", "equal", "seed")
+    runs = [row for row in found if row["experiment"] == "equal" and row["equal"]]  # not of a sweep
+    return runs + [row | {"equal": "time"} for row in runs if row["contender"] == "minGRU"]
+
+
 def shakespeare_equal() -> str:
-    found = [
-        row
-        for row in rows("paper_shakespeare", "experiment", "contender", "equal", "seed")
-        if row["experiment"] == "equal" and row["equal"]  # not of a sweep
-    ]
     lines = []
-    for (name,), own in grouped(found, "contender").items():
+    for (name,), own in grouped(shakespeare_equal_runs(), "contender").items():
         cells = []
-        for budget in ("tokens", "time"):  # minGRU, whose these are, has one row for both
-            runs = [row for row in own if row["equal"] == budget] or own
+        for runs in grouped(own, "equal").values():
             cells += [f"{runs[0]['steps']:,}", nats([row["held_out_loss"] for row in runs])]
         row = own[0]
         lines.append((name, f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{row['ms_a_step']:.0f}", *cells))
     columns = "parameters", "learning rate", "ms a step", "steps", "loss", "steps in equal time", "loss"
     return table(["", *columns], lines)
+
+
+def plot_shakespeare(path: Path) -> None:
+    found = [row | {"equal": f"equal {row['equal']}"} for row in shakespeare_equal_runs()]
+    bars(path, found, "equal", "held_out_loss", "held-out loss, nats a character")
 
 
 def nats(losses: list[float]) -> str:
@@ -179,6 +213,27 @@ def chomsky() -> str:
     return table(["accuracy, %", *names], lines)
 
 
+def plot_chomsky(path: Path) -> None:
+    found = [row for row in task_runs() if row["task"] != "selective_copying"]
+    bars(path, found, "task", "accuracy", "accuracy at lengths 40 to 256")
+
+
+def bars(path: Path, found: list[Row], across: str, value: str, label: str) -> None:
+    """The mean value of each contender, in groups of `across`."""
+    groups = list(dict.fromkeys(row[across] for row in found))
+    contenders = grouped(found, "contender")
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.add_subplot(ylabel=label)
+    for place, ((name,), own) in enumerate(contenders.items()):
+        runs = grouped(own, across)
+        at = [groups.index(group) + 0.8 * (place + 0.5) / len(contenders) - 0.4 for (group,) in runs]
+        axes.bar(at, [mean(row[value] for row in rows) for rows in runs.values()], 0.75 / len(contenders), label=name)
+    axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "speed": speed,
@@ -188,7 +243,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "shakespeare equal": shakespeare_equal,
     "chomsky": chomsky,
 }
-PLOTS: dict[str, Callable[[Path], None]] = {"paper_speed.png": plot_speed}
+PLOTS: dict[str, Callable[[Path], None]] = {
+    "paper_speed.png": plot_speed,
+    "paper_selective_copying.png": plot_selective_copying,
+    "paper_shakespeare.png": plot_shakespeare,
+    "paper_chomsky.png": plot_chomsky,
+}
 
 
 def render(page: str) -> str:
