@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import HERE, Report, parser
+from benchmarks.harness import Report, parser
 from benchmarks.paper.models import Family, parameters
 from benchmarks.paper.training import train
 from modeling_minrnn import MinRNNForCausalLM
@@ -199,7 +199,7 @@ def plot(rows: Path, picture: Path) -> None:
         if value != "accuracy":
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        if axes.lines:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     figure.savefig(picture, dpi=120)
 
@@ -234,7 +234,7 @@ def main() -> None:
                 for row in measure(experiment, model, seed):
                     report.add(**run, **row)
     report.print_table()
-    plot(options.output, HERE / "results" / "paper_long_context.png")
+    plot(options.output, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

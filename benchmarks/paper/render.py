@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "results.md"
+WINDOW_STEPS = 1500  # of the sweep over learning rates
 Row = dict[str, object]
 
 
@@ -27,7 +30,7 @@ def rows(name: str, *key: str) -> list[Row]:
     path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
-        latest[tuple(row[field] for field in key)] = row
+        latest[tuple(row.get(field) for field in key)] = row
     return list(latest.values())
 
 
@@ -92,32 +95,116 @@ def spread(values: list[float]) -> str:
 
 
 def task_runs() -> list[Row]:
-    return rows("paper_tasks", "task", "contender", "layers", "seed", "steps", "learning_rate")
+    return rows("paper_tasks", "task", "contender", "layers", "seed", "steps", "learning_rate", "plain")
+
+
+def grouped(found: list[Row], *key: str) -> dict[tuple, list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in found:
+        groups.setdefault(tuple(row[field] for field in key), []).append(row)
+    return groups
 
 
 def selective_copying() -> str:
-    found = [row for row in task_runs() if row["task"] == "selective_copying"]
-    groups: dict[tuple, list[Row]] = {}
-    for row in found:
-        groups.setdefault((row["contender"], row["layers"], row["learning_rate"], row["steps"]), []).append(row)
+    found = [row for row in task_runs() if row["task"] == "selective_copying" and row["steps"] > WINDOW_STEPS]
     lines = [
         (
             name,
             layers,
             f"{own[0]['parameters']:,}",
             f"{rate:g}",
-            steps,
+            f"{steps:,}",
             len(own),
             spread([row["accuracy"] for row in own]),
         )
-        for (name, layers, rate, steps), own in groups.items()
+        for (name, layers, rate, steps), own in grouped(found, "contender", "layers", "learning_rate", "steps").items()
     ]
     return table(["", "layers", "parameters", "learning rate", "steps", "seeds", "accuracy, %"], lines)
 
 
+def learning_rates() -> str:
+    found = [row for row in task_runs() if row["task"] == "selective_copying" and row["steps"] == WINDOW_STEPS]
+    rates = sorted({row["learning_rate"] for row in found})
+    lines = []
+    for plain, name in ((True, "MinRNNConfig's own"), (False, "the preset's")):
+        cells = [
+            [row["accuracy"] for row in found if (row["plain"], row["learning_rate"]) == (plain, rate)]
+            for rate in rates
+        ]
+        lines.append((name, *(spread(values) if values else "not run" for values in cells)))
+    return table(["initialisation", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def plot_selective_copying(path: Path) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    found = [row for row in task_runs() if row["task"] == "selective_copying"]
+    axes = figure.add_subplot(1, 2, 1, xlabel="layers", ylabel="accuracy", ylim=(0, 1.02), xticks=(1, 2, 3))
+    trained = [row for row in found if row["steps"] > WINDOW_STEPS]
+    for (name,), own in grouped(trained, "contender").items():
+        plot_means(axes, {layers: runs for (layers,), runs in grouped(own, "layers").items()}, "accuracy", name)
+    axes = figure.add_subplot(1, 2, 2, xlabel=f"learning rate, {WINDOW_STEPS} steps", xscale="log", ylim=(0, 1.02))
+    sweep = [row for row in found if row["steps"] == WINDOW_STEPS]
+    for (plain,), own in grouped(sweep, "plain").items():
+        by_rate = {rate: runs for (rate,), runs in grouped(own, "learning_rate").items()}
+        plot_means(axes, by_rate, "accuracy", "MinRNNConfig's initialisation" if plain else "the preset's")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def plot_means(axes: Axes, runs: dict[float, list[Row]], value: str, label: str) -> None:
+    """Means with standard deviations, in the order of what they are plotted over."""
+    ordered = sorted((at, [row[value] for row in own]) for at, own in runs.items())
+    spreads = [stdev(values) if len(values) > 1 else 0 for _, values in ordered]
+    axes.errorbar(
+        [at for at, _ in ordered], [mean(v) for _, v in ordered], spreads, marker=".", capsize=2, label=label
+    )
+
+
+def shakespeare() -> str:
+    lines = []
+    for row in rows("paper_shakespeare", "experiment", "contender", "seed"):
+        if row["experiment"] != "equal":
+            loss = row["held_out_loss"]
+            settings = {"paper": "shakespeare-char.yaml", "best": "shakespeare-char-best.yaml"}[row["experiment"]]
+            cells = f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['minutes']:.0f}"
+            lines.append((row["contender"], settings, *cells, f"{loss['value']:.3f}", f"{loss['at_most']:g}"))
+    return table(["", "settings", "parameters", "steps", "minutes", "held-out loss", "to reach"], lines)
+
+
+def shakespeare_equal_runs() -> list[Row]:
+    """minGRU, whose tokens and time the others have, has one run for both."""
+    found = rows("paper_shakespeare", "experiment", "contender", "equal", "seed")
+    runs = [row for row in found if row["experiment"] == "equal" and row["equal"]]  # not of a sweep
+    return runs + [row | {"equal": "time"} for row in runs if row["contender"] == "minGRU"]
+
+
+def shakespeare_equal() -> str:
+    lines = []
+    for (name,), own in grouped(shakespeare_equal_runs(), "contender").items():
+        cells = []
+        for runs in grouped(own, "equal").values():
+            cells += [f"{runs[0]['steps']:,}", nats([row["held_out_loss"] for row in runs])]
+        row = own[0]
+        lines.append((name, f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{row['ms_a_step']:.0f}", *cells))
+    columns = "parameters", "learning rate", "ms a step", "steps", "loss", "steps in equal time", "loss"
+    return table(["", *columns], lines)
+
+
+def plot_shakespeare(path: Path) -> None:
+    found = [row | {"equal": f"equal {row['equal']}"} for row in shakespeare_equal_runs()]
+    bars(path, found, "equal", "held_out_loss", "held-out loss, nats a character")
+
+
+def nats(losses: list[float], sign: str = "") -> str:
+    rounded = round(mean(losses), 3) + 0.0  # no -0.000
+    return f"{rounded:{sign}.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
+
+
 def chomsky() -> str:
     found = [row for row in task_runs() if row["task"] != "selective_copying"]
-    names = list(dict.fromkeys(row["contender"] for row in found))
+    names = [name for name in CONTENDERS if name in {row["contender"] for row in found}]
     lines = []
     for task in dict.fromkeys(row["task"] for row in found):
         cells = [
@@ -127,47 +214,89 @@ def chomsky() -> str:
     return table(["accuracy, %", *names], lines)
 
 
-def nats(values: list[float], sign: str = "") -> str:
-    """Mean and standard deviation of losses."""
-    rounded = round(mean(values), 3) + 0.0  # no -0.000
-    return f"{rounded:{sign}.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def plot_chomsky(path: Path) -> None:
+    found = [row for row in task_runs() if row["task"] != "selective_copying"]
+    bars(path, found, "task", "accuracy", "accuracy at lengths 40 to 256")
+
+
+def bars(path: Path, found: list[Row], across: str, value: str, label: str) -> None:
+    """The mean value of each contender, in groups of `across`."""
+    groups = list(dict.fromkeys(row[across] for row in found))
+    contenders = grouped(found, "contender")
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.add_subplot(ylabel=label)
+    for place, ((name,), own) in enumerate(contenders.items()):
+        runs = grouped(own, across)
+        at = [groups.index(group) + 0.8 * (place + 0.5) / len(contenders) - 0.4 for (group,) in runs]
+        axes.bar(at, [mean(row[value] for row in rows) for rows in runs.values()], 0.75 / len(contenders), label=name)
+    axes.set_xticks(range(len(groups)), [group.replace("_", " ") for group in groups])
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 ABLATED = ("6 layers of 128", "minLSTM")  # what variants are compared with whose names begin so; others: the first
 
 
-def ablations() -> str:
-    """The difference is that to what the variant is one of, seed by seed."""
-    runs: dict[str, dict[int, Row]] = {}
-    for row in rows("paper_ablations", "variant", "seed", "steps"):
-        runs.setdefault(row["variant"], {})[row["seed"]] = row
-    lines = []
+def ablation_runs() -> dict[str, tuple[list[Row], list[float]]]:
+    """By variant its runs, and their losses less those with the same seeds of what it is a variant of."""
+    runs = {name: own for (name,), own in grouped(rows("paper_ablations", "variant", "seed"), "variant").items()}
+    compared = {}
     for name, own in runs.items():
         default = next((runs[begin] for begin in ABLATED if name.startswith(begin)), next(iter(runs.values())))
-        differences = [row["held_out_loss"] - default[seed]["held_out_loss"] for seed, row in own.items()]
-        lines.append(
-            (
-                name,
-                f"{own[0]['parameters']:,}",
-                len(own),
-                nats([row["held_out_loss"] for row in own.values()]),
-                "" if own is default else nats(differences, "+"),
-                f"{mean(row['state_norm'] for row in own.values()):.1f}",
-                f"{max(row['largest_state'] for row in own.values()):.0f}",
-            )
+        losses = {row["seed"]: row["held_out_loss"] for row in default}
+        differences = [row["held_out_loss"] - losses[row["seed"]] for row in own]
+        compared[name] = own, [] if own is default else differences
+    return compared
+
+
+def ablations() -> str:
+    lines = [
+        (
+            name,
+            f"{own[0]['parameters']:,}",
+            len(own),
+            nats([row["held_out_loss"] for row in own]),
+            nats(differences, "+") if differences else "",
+            f"{mean(row['state_norm'] for row in own):.1f}",
+            f"{max(row['largest_state'] for row in own):.0f}",
         )
-    columns = ("", "parameters", "seeds", "held-out loss", "difference", "norm of states", "largest state")
-    return table(columns, lines)
+        for name, (own, differences) in ablation_runs().items()
+    ]
+    columns = "parameters", "seeds", "held-out loss", "difference", "norm of states", "largest state"
+    return table(["", *columns], lines)
+
+
+def plot_ablations(path: Path) -> None:
+    found = {name: differences for name, (_, differences) in ablation_runs().items() if differences}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="difference of the held-out loss, nats a character; dots are seeds")
+    axes.barh(list(found), [mean(differences) for differences in found.values()], color="lightgrey")
+    for name, differences in found.items():
+        axes.plot(differences, [name] * len(differences), "k.", markersize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "speed": speed,
     "selective copying": selective_copying,
+    "learning rates": learning_rates,
+    "shakespeare": shakespeare,
+    "shakespeare equal": shakespeare_equal,
     "chomsky": chomsky,
     "ablations": ablations,
 }
-PLOTS: dict[str, Callable[[Path], None]] = {"paper_speed.png": plot_speed}
+PLOTS: dict[str, Callable[[Path], None]] = {
+    "paper_speed.png": plot_speed,
+    "paper_selective_copying.png": plot_selective_copying,
+    "paper_shakespeare.png": plot_shakespeare,
+    "paper_chomsky.png": plot_chomsky,
+    "paper_ablations.png": plot_ablations,
+}
 
 
 def render(page: str) -> str:
