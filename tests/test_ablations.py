@@ -143,7 +143,7 @@ def test_one_variant_alone_decays_the_gates(setting):
 def test_a_run_is_repeated_by_its_seed(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(12)))
-    command = ["-m", "benchmarks.paper.ablations", str(text), "--only", "MLP before", "--steps", "8"]
+    command = ["-m", "benchmarks.paper.ablations", str(text), "--only", "signed state", "--steps", "8"]
     output = tmp_path / "rows.jsonl"
     done = subprocess.run(
         [sys.executable, *command, "--seeds", "1", "1", "--output", str(output)],
@@ -151,5 +151,5 @@ def test_a_run_is_repeated_by_its_seed(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, again = map(json.loads, output.read_text().splitlines())
-    assert first["variant"] == "MLP before RNN" and first["steps"] == 8
+    assert first["variant"] == "candidate v for g(v), signed state" and first["steps"] == 8
     assert first["held_out_loss"] == again["held_out_loss"] < 3.2  # ln 24 characters

@@ -57,30 +57,20 @@ class SignedRecurrence(MinRNNRecurrence):
         return self.out_proj(states.to(hidden_states.dtype)), states, final_above - final_below
 
 
-class UnnormalisedRecurrence(MinRNNRecurrence):
+class UnnormalisedGates(nn.Linear):
     """minLSTM with its gates as they are: h[t] = f h[t-1] + i g(v), f = sigmoid(forget), i = sigmoid(input).
 
     It is the minGRU's recurrence with z = 1 - f and the candidate x for which z g(x) = i g(v): g has an inverse on
-    (0, inf), y - 0.5 from 0.5 on and logit(y) below.
+    (0, inf), y - 0.5 from 0.5 on and logit(y) below. So its projection is made one for a minGRU.
     """
 
-    def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False, group=None):
-        forget, input_, v = self.in_proj(hidden_states).to(state.dtype).chunk(3, -1)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        forget, input_, v = super().forward(hidden_states).to(self.weight.dtype).chunk(3, -1)
         candidate = torch.where(v >= 0, relu(v) + 0.5, torch.sigmoid(v))
         y = torch.sigmoid(input_) * candidate / torch.sigmoid(-forget)
         smallest = torch.finfo(y.dtype).tiny  # its logit is finite
         x = torch.where(y >= 0.5, y - 0.5, torch.logit(y.clamp(smallest, 0.5)))
-        states, final_state = minrnn_scan(
-            torch.cat([-forget, x], -1),
-            "mingru",
-            state,
-            reset_mask=reset_mask,
-            padding_mask=padding_mask,
-            reset_state=self.own_initial_state(),
-            backend=self.backend,
-            group=group,
-        )
-        return self.out_proj(states.to(hidden_states.dtype)), states, final_state
+        return torch.cat([-forget, x], -1)
 
 
 class ConvolvedRecurrence(MinRNNRecurrence):
@@ -124,22 +114,29 @@ class ConvThenMLP(nn.Module):
 Change = Callable[[MinRNNDecoderLayer, MinRNNConfig], None]
 
 
-def recurrence(kind: type[MinRNNRecurrence]) -> Change:
-    """Puts another recurrence in the place of the layer's, with its weights."""
+def signed_state(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
+    put(SignedRecurrence, layer, config)
 
-    def change(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
-        other = kind(config).to(layer.rnn.in_proj.weight.dtype)
-        other.load_state_dict(layer.rnn.state_dict())
-        layer.rnn = other
 
-    return change
+def gates_as_they_are(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
+    linear = layer.rnn.in_proj
+    gates = UnnormalisedGates(linear.in_features, linear.out_features, linear.bias is not None)
+    gates.weight, gates.bias = linear.weight, linear.bias
+    layer.rnn.in_proj, layer.rnn.cell_type = gates, "mingru"
 
 
 def conv_in_the_branch(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
     layer.rnn.conv = layer.conv
-    recurrence(ConvolvedRecurrence)(layer, config)
+    put(ConvolvedRecurrence, layer, config)
     del layer.conv
     layer.has_conv, layer.window_size = False, 0
+
+
+def put(kind: type[MinRNNRecurrence], layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
+    """In the place of the recurrence, with its weights."""
+    rnn = kind(config).to(layer.rnn.in_proj.weight.dtype)
+    rnn.load_state_dict(layer.rnn.state_dict())
+    layer.rnn = rnn
 
 
 def mlp_before_rnn(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
@@ -183,7 +180,7 @@ VARIANTS = {
     "no MLP": Variant(NO_MLP),
     "no MLP, state 822 wide": Variant(NO_MLP | {"expansion_factor": 822 / 224}),
     "no MLP, 7 layers": Variant(NO_MLP | {"num_hidden_layers": 7}),
-    "candidate v for g(v), signed state": Variant(change=recurrence(SignedRecurrence)),
+    "candidate v for g(v), signed state": Variant(change=signed_state),
     "max_timescale 64": Variant({"max_timescale": 64}),
     "max_timescale 256": Variant({"max_timescale": 256}),
     "max_timescale 1024": Variant({"max_timescale": 1024}),
@@ -193,7 +190,7 @@ VARIANTS = {
     "6 layers of 128, MLP before RNN": Variant(DEEPER, change=mlp_before_rnn),
     "minLSTM": Variant(MINLSTM),
     "minLSTM, max_timescale 256": Variant(MINLSTM | {"max_timescale": 256}),
-    "minLSTM, f and i not normalised": Variant(MINLSTM, change=recurrence(UnnormalisedRecurrence)),
+    "minLSTM, f and i not normalised": Variant(MINLSTM, change=gates_as_they_are),
 }
 
 
