@@ -280,6 +280,47 @@ def plot_ablations(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+SWEPT = ("preset", "cell_type", "steps", "max_timescale", "initializer_range")
+
+
+def sweep_runs() -> dict[tuple, dict[float, list[Row]]]:
+    """Runs by learning rate, of each preset with each of the other settings."""
+    found = grouped(rows("paper_sweep", *SWEPT, "learning_rate", "seed"), *SWEPT)
+    return {
+        settings: {rate: runs for (rate,), runs in grouped(own, "learning_rate").items()}
+        for settings, own in found.items()
+    }
+
+
+def presets() -> str:
+    found = sweep_runs()
+    rates = sorted({rate for own in found.values() for rate in own})
+    lines = [
+        (
+            preset,
+            {"mingru": "minGRU", "minlstm": "minLSTM"}[cell],
+            steps,
+            timescale or "",
+            initializer_range,
+            *(nats([row["held_out_loss"] for row in own[rate]]) if rate in own else "" for rate in rates),
+        )
+        for (preset, cell, steps, timescale, initializer_range), own in found.items()
+    ]
+    columns = "cell", "steps", "max_timescale", "initializer_range", *(f"{rate:g}" for rate in rates)
+    return table(["", *columns], lines)
+
+
+def plot_presets(path: Path) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="held-out loss, nats a byte", xscale="log")
+    for (preset, cell, steps, *_), own in sweep_runs().items():
+        if len(own) > 1:
+            plot_means(axes, own, "held_out_loss", f"{preset}, {cell}, {steps} steps")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "speed": speed,
@@ -289,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shakespeare equal": shakespeare_equal,
     "chomsky": chomsky,
     "ablations": ablations,
+    "presets": presets,
 }
 PLOTS: dict[str, Callable[[Path], None]] = {
     "paper_speed.png": plot_speed,
@@ -296,6 +338,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "paper_shakespeare.png": plot_shakespeare,
     "paper_chomsky.png": plot_chomsky,
     "paper_ablations.png": plot_ablations,
+    "paper_presets.png": plot_presets,
 }
 
 
