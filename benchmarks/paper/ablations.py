@@ -7,7 +7,7 @@ variants. A row is one training run of a variant. Runs with one seed read the sa
 one after the other, so that all variants have had the first before the second begins.
 
 held_out_loss: nats per character over the whole held-out text, read once with the state carried (train.evaluate).
-state_norm, largest_state: over the same text and all layers (MinRNNForCausalLM.diagnose_states).
+state_norm, largest_state: of the layer where it is largest, over the same text (MinRNNForCausalLM.diagnose_states).
 
 The variants are no options of the product: below are the modules that replace its own.
 """
