@@ -197,8 +197,9 @@ def plot_shakespeare(path: Path) -> None:
     bars(path, found, "equal", "held_out_loss", "held-out loss, nats a character")
 
 
-def nats(losses: list[float]) -> str:
-    return f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
+def nats(losses: list[float], sign: str = "") -> str:
+    rounded = round(mean(losses), 3) + 0.0  # no -0.000
+    return f"{rounded:{sign}.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
 
 
 def chomsky() -> str:
@@ -234,6 +235,92 @@ def bars(path: Path, found: list[Row], across: str, value: str, label: str) -> N
     figure.savefig(path, dpi=110)
 
 
+ABLATED = ("6 layers of 128", "minLSTM")  # what variants are compared with whose names begin so; others: the first
+
+
+def ablation_runs() -> dict[str, tuple[list[Row], list[float]]]:
+    """By variant its runs, and their losses less those with the same seeds of what it is a variant of."""
+    runs = {name: own for (name,), own in grouped(rows("paper_ablations", "variant", "seed"), "variant").items()}
+    compared = {}
+    for name, own in runs.items():
+        default = next((runs[begin] for begin in ABLATED if name.startswith(begin)), next(iter(runs.values())))
+        losses = {row["seed"]: row["held_out_loss"] for row in default}
+        differences = [row["held_out_loss"] - losses[row["seed"]] for row in own]
+        compared[name] = own, [] if own is default else differences
+    return compared
+
+
+def ablations() -> str:
+    lines = [
+        (
+            name,
+            f"{own[0]['parameters']:,}",
+            len(own),
+            nats([row["held_out_loss"] for row in own]),
+            nats(differences, "+") if differences else "",
+            f"{mean(row['state_norm'] for row in own):.1f}",
+            f"{max(row['largest_state'] for row in own):.0f}",
+        )
+        for name, (own, differences) in ablation_runs().items()
+    ]
+    columns = "parameters", "seeds", "held-out loss", "difference", "norm of states", "largest state"
+    return table(["", *columns], lines)
+
+
+def plot_ablations(path: Path) -> None:
+    found = {name: differences for name, (_, differences) in ablation_runs().items() if differences}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="difference of the held-out loss, nats a character; dots are seeds")
+    axes.barh(list(found), [mean(differences) for differences in found.values()], color="lightgrey")
+    for name, differences in found.items():
+        axes.plot(differences, [name] * len(differences), "k.", markersize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+SWEPT = ("preset", "cell_type", "steps", "max_timescale", "initializer_range")
+
+
+def sweep_runs() -> dict[tuple, dict[float, list[Row]]]:
+    """Runs by learning rate, of each preset with each of the other settings."""
+    found = grouped(rows("paper_sweep", *SWEPT, "learning_rate", "seed"), *SWEPT)
+    return {
+        settings: {rate: runs for (rate,), runs in grouped(own, "learning_rate").items()}
+        for settings, own in found.items()
+    }
+
+
+def presets() -> str:
+    found = sweep_runs()
+    rates = sorted({rate for own in found.values() for rate in own})
+    lines = [
+        (
+            preset,
+            {"mingru": "minGRU", "minlstm": "minLSTM"}[cell],
+            steps,
+            timescale or "",
+            initializer_range,
+            *(nats([row["held_out_loss"] for row in own[rate]]) if rate in own else "" for rate in rates),
+        )
+        for (preset, cell, steps, timescale, initializer_range), own in found.items()
+    ]
+    columns = "cell", "steps", "max_timescale", "initializer_range", *(f"{rate:g}" for rate in rates)
+    return table(["", *columns], lines)
+
+
+def plot_presets(path: Path) -> None:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.add_subplot(xlabel="learning rate", ylabel="held-out loss, nats a byte", xscale="log")
+    for (preset, cell, steps, *_), own in sweep_runs().items():
+        if len(own) > 1:
+            plot_means(axes, own, "held_out_loss", f"{preset}, {cell}, {steps} steps")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "speed": speed,
@@ -242,12 +329,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "shakespeare": shakespeare,
     "shakespeare equal": shakespeare_equal,
     "chomsky": chomsky,
+    "ablations": ablations,
+    "presets": presets,
 }
 PLOTS: dict[str, Callable[[Path], None]] = {
     "paper_speed.png": plot_speed,
     "paper_selective_copying.png": plot_selective_copying,
     "paper_shakespeare.png": plot_shakespeare,
     "paper_chomsky.png": plot_chomsky,
+    "paper_ablations.png": plot_ablations,
+    "paper_presets.png": plot_presets,
 }
 
 
