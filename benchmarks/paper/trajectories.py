@@ -15,6 +15,7 @@ import gymnasium
 import numpy as np
 
 RANDOM_EPISODES = 50  # of random actions, whose mean return is a score of 0
+MAX_ITERATIONS = 1000  # of the search
 CHECKS = 4  # episodes of each iteration of the search that the unchanged weights play
 
 Array = np.ndarray
@@ -44,7 +45,6 @@ TASKS = {
         Task("Acrobot-v1", -200, 0.02, 0.05, 8, 4, scatter=0.01, action_noise=0.01),
         Task("HalfCheetah-v5", 1500, 0.02, 0.03, 16, 8, scatter=0.025, action_noise=0.1, episodes=100),
         Task("Hopper-v5", 1000, 0.01, 0.025, 8, 4, scatter=0.025, action_noise=0.2, alive=1.0),
-        Task("Walker2d-v5", 1000, 0.03, 0.025, 40, 30, scatter=0.0125, action_noise=0.2, alive=1.0),
     )
 }
 
@@ -118,17 +118,22 @@ class Scale:
         if self.count:
             mean = self.total / self.count
             deviation = np.sqrt(np.maximum(self.squares / self.count - mean**2, 1e-8))
-        return lambda actions, rewards, observations: np.einsum(
-            "emn,en->em", weights, (observations - mean) / deviation
-        )
+
+        def policy(actions: Array, rewards: Array, observations: Array) -> Array:
+            return np.einsum("emn,en->em", weights, (observations - mean) / deviation)
+
+        return policy
 
 
-def search(task: Task, generator: np.random.Generator, max_iterations: int = 1000) -> tuple[Array, Scale]:
-    """Weights (m, n) of a policy whose mean return is at least `task.target`, and the scale of its observations."""
+def search(task: Task, generator: np.random.Generator) -> tuple[Array, Scale]:
+    """Weights (m, n) of a policy whose mean return is at least `task.target`, and the scale of its observations.
+
+    Raises RuntimeError where MAX_ITERATIONS do not get there.
+    """
     environments = make_environments(task.environment, 2 * task.directions + CHECKS)
     size, width = environments[0].observation_space.shape[0], len(action_bounds(environments[0].action_space)[0])
     weights, scale = np.zeros((width, size)), Scale(size)
-    for _ in range(max_iterations):
+    for _ in range(MAX_ITERATIONS):
         directions = generator.standard_normal((task.directions, width, size))
         noise = task.noise * np.concatenate([directions, -directions, np.zeros((CHECKS, width, size))])
         seed = int(generator.integers(2**31))
@@ -142,7 +147,7 @@ def search(task: Task, generator: np.random.Generator, max_iterations: int = 100
         spread = np.concatenate([up[best], down[best]]).std() + 1e-6
         weights = weights + task.step_size / task.best / spread * np.tensordot((up - down)[best], directions[best], 1)
         scale.add(np.concatenate([episode.observations for episode in episodes]))
-    raise RuntimeError(f"{task.environment}: no policy of return {task.target} in {max_iterations} iterations")
+    raise RuntimeError(f"{task.environment}: no policy of return {task.target} in {MAX_ITERATIONS} iterations")
 
 
 def make_dataset(task: Task, seed: int) -> Dataset:
@@ -181,9 +186,11 @@ def load_or_make(task: Task, seed: int, folder: Path | None) -> Dataset:
             for name in ("observations", "actions", "rewards")
         }
         lengths = [len(episode.rewards) for episode in dataset.episodes]
+        unfinished = path.with_suffix(".unfinished.npz")
         np.savez_compressed(
-            path, settings=settings, lengths=lengths, random_return=dataset.random_return, **columns
-        )  # fmt: skip
+            unfinished, settings=settings, lengths=lengths, random_return=dataset.random_return, **columns
+        )
+        unfinished.replace(path)
     with np.load(path, allow_pickle=False) as file:
         if file["settings"] != settings:
             raise ValueError(f"{path} was made with other settings, {file['settings']}, not {settings}; delete it")
