@@ -16,6 +16,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -109,6 +110,33 @@ def _memory(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     [line] = [line for line in lines if line.startswith(f"{field}:")]
     return 1024 * int(line.split()[1])
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The best model of a run of train.py."""
+
+    held_out_loss: float
+    step: int  # of all `steps`
+    steps: int
+    seconds: float  # of the whole process
+    parameters: int
+
+
+def run_train(config: str, *overrides: str) -> TrainingRun:
+    """`python train.py configs/CONFIG OVERRIDES` in a folder that is gone afterwards."""
+    from modeling_minrnn import MinRNNForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "train.py", f"configs/{config}", *overrides, f"train.output_dir={run}"]
+        started = time.perf_counter()
+        subprocess.run(command, cwd=HERE.parent, check=True)
+        seconds = time.perf_counter() - started
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        parameters = MinRNNForCausalLM.from_pretrained(run).num_parameters()
+    best = min((row for row in rows if "held_out_loss" in row), key=lambda row: row["held_out_loss"])
+    return TrainingRun(best["held_out_loss"], best["step"], rows[-1]["step"], seconds, parameters)
 
 
 def relative_error(tensors: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:

@@ -12,15 +12,11 @@ them once with its state carried, nanogpt in windows of its context, as it was t
 Target: held-out loss of minrnn <= 1.58, its time <= nanogpt's. One run of each, one after the other.
 """
 
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
-from harness import HERE, Bound, Report, parser
+from harness import Bound, Report, parser, run_train
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, get_cosine_with_min_lr_schedule_with_warmup
 
@@ -68,24 +64,6 @@ def nanogpt(text: str) -> tuple[float, float, int]:
     return total / (len(held_out) - 1), seconds, model.num_parameters()
 
 
-def minrnn(path: Path) -> tuple[float, float, int]:
-    """(held-out loss, seconds of the process, parameters)"""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        command = [
-            sys.executable, "train.py", "configs/shakespeare-char-cpu.yaml",
-            f"data.files=[{path}]", f"train.output_dir={run}",
-        ]  # fmt: skip
-        started = time.perf_counter()
-        subprocess.run(command, cwd=HERE.parent, check=True)
-        seconds = time.perf_counter() - started
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        from modeling_minrnn import MinRNNForCausalLM
-
-        parameters = MinRNNForCausalLM.from_pretrained(run).num_parameters()
-    return min(row["held_out_loss"] for row in rows if "held_out_loss" in row), seconds, parameters
-
-
 def main() -> None:
     flags = parser("quality", __doc__, rounds=1)
     flags.add_argument("text", type=Path, help="tiny Shakespeare, as one file")
@@ -93,12 +71,12 @@ def main() -> None:
     report = Report(options)
     loss, budget, parameters = nanogpt(options.text.read_text())
     report.add(contender="nanogpt", parameters=parameters, seconds=budget, held_out_loss=loss)
-    loss, seconds, parameters = minrnn(options.text.resolve())
+    run = run_train("shakespeare-char-cpu.yaml", f"data.files=[{options.text.resolve()}]")
     report.add(
         contender="minrnn",
-        parameters=parameters,
-        seconds=Bound(seconds, at_most=budget),
-        held_out_loss=Bound(loss, at_most=TARGET_LOSS),
+        parameters=run.parameters,
+        seconds=Bound(run.seconds, at_most=budget),
+        held_out_loss=Bound(run.held_out_loss, at_most=TARGET_LOSS),
     )
     report.print_table()
 

@@ -23,7 +23,9 @@ def minimal(tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("paper/*.yaml")]), ids=lambda path: path.stem
+)
 def test_every_shipped_run_is_valid(path):
     # The path that a user gives for files is not part of a shipped file.
     files = ["data.files=[input.txt]"] if path.stem.startswith("shakespeare") else []

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks.paper.models import contenders, parameters
+from benchmarks.paper import tasks
+from benchmarks.paper.models import Family, parameters
 from benchmarks.paper.render import PAGE, render
+from benchmarks.paper.shakespeare import held_out_loss
+from training.data import TokenStream
+from training.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,20 +26,19 @@ def test_the_tables_of_the_page_are_those_of_the_committed_rows():
     assert "| minGRU / nn.GRU | 33.3 | 22.2 | 16.7 | 13.3 |" in text  # the paper's 33, 22, 17 and 13
 
 
-def test_contenders_are_of_equal_size_and_causal():
-    settings = {"conv_kernel_size": 4, "intermediate_size": 0, "tie_word_embeddings": False}
+@pytest.mark.parametrize("name", ["minLSTM", "nn.GRU", "nn.LSTM", "Mamba", "Llama", "GPT-2"])
+def test_contenders_are_of_equal_size_and_causal(name):
+    family = Family(19, 2, 12, tied=False, minrnn={"conv_kernel_size": 4, "intermediate_size": 0})
+    model, size = family.of_equal_size(name, 32).eval(), parameters(family.build("minGRU", 32))
+    assert abs(parameters(model) / size - 1) < 0.12
     tokens = torch.randint(19, (2, 12), generator=torch.Generator().manual_seed(0))
-    models = {name: build() for name, build in contenders(19, 32, 2, 12, settings).items()}
-    size = parameters(models["minGRU"])
-    for name, model in models.items():
-        assert abs(parameters(model) / size - 1) < 0.12, name
-        changed = tokens.clone()
-        changed[:, 7:] += 1
-        with torch.no_grad():
-            before, after = model.eval()(tokens), model(changed % 19)
-        assert before.shape == (2, 12, 19)
-        torch.testing.assert_close(before[:, :7], after[:, :7])
-        assert not torch.allclose(before[:, 7:], after[:, 7:])
+    changed = tokens.clone()
+    changed[:, 7:] += 1
+    with torch.no_grad():
+        before, after = model(tokens), model(changed % 19)
+    assert before.shape == (2, 12, 19)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
 def run(tmp_path, module, *flags):
@@ -53,9 +57,48 @@ def test_a_task_is_trained_and_a_second_run_gives_the_same(tmp_path):
     assert first["accuracy"] == again["accuracy"] != other["accuracy"] and first["accuracy"] > 0.22  # one of five
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_setting_to_train_it(tmp_path, monkeypatch, task):
+    output = tmp_path / "rows.jsonl"
+    flags = ["--only", "minGRU", "--steps", "1", "--layers", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["tasks", task, *flags])
+    tasks.main()
+    row = json.loads(output.read_text())
+    assert row["task"] == task and 0 <= row["accuracy"] <= 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_speed_and_memory_are_measured(tmp_path):
     rows = run(tmp_path, "speed", "--only", "loop of nn.GRUCell", "--lengths", "16", "1024", "2048", "--rounds", "1")
     assert [row["T"] for row in rows] == [16, 1024, 2048]
     # The loop keeps at least gates and state of every step; what it keeps and takes is linear in T.
     assert rows[2]["peak_mb"] > 4 * 2048 * 64 * 4 * 4 / 1e6 and 1.5 < rows[2]["peak_mb"] / rows[1]["peak_mb"] < 2.6
+
+
+def test_a_held_out_text_is_read_in_windows_in_which_every_target_counts_once():
+    class Reader(nn.Module):
+        model = None
+
+        def forward(self, tokens):  # as if each token read so far, modulo 7, were what comes next
+            self.longest = max(getattr(self, "longest", 0), tokens.shape[1])
+            return nn.functional.one_hot((tokens.cumsum(1) + tokens.shape[1]) % 7, 7).float()
+
+    tokens = torch.randint(7, (53,), generator=torch.Generator().manual_seed(0))
+    reader, total = Reader(), 0.0
+    for target in range(1, 53):  # the window of each, from its definition
+        start = max((target - 1) // 4 * 4 - 4, 0)
+        window = tokens[start : (target - 1) // 4 * 4 + 4]
+        window = window[: 52 - start]
+        logits = reader(window[None])[0, target - 1 - start]
+        total -= logits.log_softmax(-1)[tokens[target]].item()
+    loss = held_out_loss(reader, TokenStream([tokens.numpy()]), context=8)
+    assert loss == pytest.approx(total / 52, abs=1e-5) and reader.longest == 8
+
+
+def test_models_of_a_text_are_compared_on_the_same_batches(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 23) for i in range(20_000)))
+    flags = [str(text), "equal", "--steps", "2", "--rounds", "1", "--only", "min"]
+    rows = run(tmp_path, "shakespeare", *flags)
+    assert [row["contender"] for row in rows] == ["minGRU", "minLSTM"]
+    assert all(row["steps"] == 2 and 2 < row["held_out_loss"] < 4 for row in rows)  # log(23) = 3.1

@@ -14,6 +14,7 @@ from small_runs import losses
 from transformers import pipeline
 
 from training.config import InputError, RunConfig
+from training.data import IGNORED
 from training.tasks import ALPHANUMERICS, HELD_OUT_ROWS, LETTERS, MARK, TASKS, load_task
 
 # What each answer is, said in another way.
@@ -114,6 +115,16 @@ def test_train_learns_a_task_and_leaves_a_model_that_answers(run):
     question = read.tokenizer("db??", return_tensors="pt")
     answer = read.model(**question).logits[0, 2:].argmax(-1)
     assert read.tokenizer.decode(answer) == "bd"
+
+
+def test_a_longer_sequence_is_filled_up_with_padding():
+    (tokenizer, short, _), (_, long, _) = (
+        load_task(run_config("parity", sequence_length=T), slice(None)) for T in (34, 50)
+    )
+    for _ in range(3):
+        batch, padded = next(short), next(long)
+        assert padded.shape[-1] == 50 and torch.equal(padded[..., :34], batch)
+        assert (padded[1, :, 34:] == IGNORED).all() and (padded[0, :, 34:] == tokenizer.pad_token_id).all()
 
 
 @pytest.mark.parametrize(

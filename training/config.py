@@ -40,7 +40,7 @@ class DataConfig:
     held_out_files: list[str] = field(default_factory=list)
 
     # A synthetic task of training/tasks.py, which has a tokenizer of its own, with the lengths of the shortest and the
-    # longest question; train.sequence_length is what the longest takes together with its answer.
+    # longest question, which must fit into train.sequence_length together with its answer.
     task: str | None = None
     task_lengths: tuple[int, int] = (1, 40)
     held_out_lengths: tuple[int, int] = (40, 256)

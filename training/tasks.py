@@ -96,7 +96,7 @@ TASKS = {
 
 
 class Questions:
-    """Questions of one task as tensors, right-padded to T tokens: what a question of length `longest` takes."""
+    """Questions of one task as tensors, right-padded to T = sequence_length, at first what one of `longest` takes."""
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, longest: int):
         self.task, self.padding = task, tokenizer.pad_token_id
@@ -194,11 +194,12 @@ def load_task(config: RunConfig, rows: slice) -> tuple[PreTrainedTokenizerBase, 
             )
     tokenizer = character_tokenizer([task.symbols, MARK])
     questions = Questions(task, tokenizer, data.task_lengths[1])
-    if questions.sequence_length != train.sequence_length:
+    if questions.sequence_length > train.sequence_length:
         raise InputError(
             f"train.sequence_length is {train.sequence_length}: questions of up to {data.task_lengths[1]} tokens "
             f"and their answers take {questions.sequence_length}"
         )
+    questions.sequence_length = train.sequence_length
     batches = TaskBatches(questions, data.task_lengths, train.batch_size, train.seed, rows)
     held_out = HeldOutQuestions(Questions(task, tokenizer, data.held_out_lengths[1]), data.held_out_lengths)
     return tokenizer, batches, held_out

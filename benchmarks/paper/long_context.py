@@ -1,9 +1,8 @@
 """Past the training length: do loss, states and recall hold where a model was never trained?
 
-minGRU, minLSTM, Mamba and GPT-2 (transformers' classes) of equal size, trained alike on one CPU thread: AdamW without
-weight decay, gradient norm clipped to 1, learning rate warmed up over a tenth of the steps, then down to a tenth along
-a cosine, BATCH sequences of TRAINED_LENGTH tokens. GPT-2's table of positions, of which it learns the first
-TRAINED_LENGTH, is not counted. Experiments:
+minGRU, minLSTM, Mamba and GPT-2 (transformers' classes) of equal size, trained alike on one CPU thread, as
+benchmarks/paper/training.py does, on BATCH sequences of TRAINED_LENGTH tokens. GPT-2's table of positions, of which it
+learns the first TRAINED_LENGTH, is not counted. Experiments:
 
 text     bytes of Python's standard library. loss: nats a byte of held-out text at positions up to 64 times
          TRAINED_LENGTH, each row from half its position on; loss_in_parts: of the same bytes, each read with no more
@@ -24,25 +23,19 @@ A row is a contender at one length; the picture shows all rows of the file. One 
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedModel,
-    get_cosine_with_min_lr_schedule_with_warmup,
-)
 
 from benchmarks.harness import HERE, Report, parser
-from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from benchmarks.paper.models import Family, parameters
+from benchmarks.paper.training import train
+from modeling_minrnn import MinRNNForCausalLM
 from training.config import STDLIB, DataConfig
 from training.data import IGNORED, TokenStream, load_documents, token_stream
 from training.tokenizers import byte_tokenizer
@@ -54,60 +47,19 @@ BATCH, WIDTH, LAYERS = 32, 64, 2
 LEARNING_RATES = {"minGRU": 5e-3, "minLSTM": 5e-3, "Mamba": 3e-3, "GPT-2": 1e-3}
 EVALUATED = 16  # sequences of each length
 VOCABULARY = 258
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LETTERS, DIGITS, QUESTION = range(ord("a"), ord("z") + 1), range(ord("0"), ord("9") + 1), ord("?")
 
 
-# ---- Models
+def contenders(experiment: str) -> dict[str, Callable[[], nn.Module]]:
+    def build(name: str, state: float = 1) -> nn.Module:
+        family = Family(VOCABULARY, LAYERS, LENGTHS[-1], heads=4,
+                        minrnn={"max_timescale": TRAINED_LENGTH, "expansion_factor": state})  # fmt: skip
+        return family.of_equal_size(name, WIDTH)
 
-
-def minrnn(cell_type: str, expansion_factor: float = 1) -> MinRNNForCausalLM:
-    return MinRNNForCausalLM(
-        MinRNNConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, cell_type=cell_type,
-            expansion_factor=expansion_factor, max_timescale=TRAINED_LENGTH,
-        )
-    )  # fmt: skip
-
-
-def mamba(width: int) -> MambaForCausalLM:
-    # A layer of Mamba has no MLP: twice as many make up for it. Its parallel scan is used where mambapy is installed.
-    return MambaForCausalLM(
-        MambaConfig(
-            vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=2 * LAYERS, use_mambapy=True, **NO_TOKENS
-        )
-    )
-
-
-def gpt2(width: int) -> GPT2LMHeadModel:
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=width, n_layer=LAYERS, n_head=4, n_positions=LENGTHS[-1], embd_pdrop=0.0,
-        attn_pdrop=0.0, resid_pdrop=0.0, **NO_TOKENS,
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    return GPT2LMHeadModel(config)
-
-
-def parameters(model: PreTrainedModel) -> int:
-    positions = model.transformer.wpe.weight.numel() if isinstance(model, GPT2LMHeadModel) else 0
-    return model.num_parameters() - positions
-
-
-def of_equal_size(build: Callable[[int], PreTrainedModel]) -> PreTrainedModel:
-    """Of the width, a multiple of 4, whose parameters come nearest to minGRU's."""
-    with torch.device("meta"):
-        target = parameters(minrnn("mingru"))
-        width = min(range(16, 2 * WIDTH, 4), key=lambda width: abs(parameters(build(width)) - target))
-    return build(width)
-
-
-CONTENDERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "minGRU": lambda: minrnn("mingru"),
-    "minLSTM": lambda: minrnn("minlstm"),
-    "Mamba": lambda: of_equal_size(mamba),
-    "GPT-2": lambda: of_equal_size(gpt2),
-}
-WIDE = {f"minGRU, state x{factor}": lambda factor=factor: minrnn("mingru", factor) for factor in (2, 4)}
+    models = {name: partial(build, name) for name in LEARNING_RATES}
+    if experiment == "passkey":
+        models |= {f"minGRU, state x{factor}": partial(build, "minGRU", factor) for factor in (2, 4)}
+    return models
 
 
 # ---- Data: batches of tokens (B, T) and of what follows each (B, T), IGNORED where there is no loss
@@ -170,51 +122,31 @@ def training_batches(experiment: str, seed: int) -> Iterator[tuple[Tensor, Tenso
 # ---- Training and measuring
 
 
-def train(model: PreTrainedModel, batches: Iterator, steps: int, learning_rate: float) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0, fused=True)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
-    model.train()
-    for _ in range(steps):
-        tokens, targets = next(batches)
-        logits = model(tokens, use_cache=False).logits
-        cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    model.eval()
-
-
-def states(model: PreTrainedModel, tokens: Tensor) -> Tensor | None:
-    """All that the recurrence keeps of the tokens, flat."""
-    if isinstance(model, GPT2LMHeadModel):
-        return None
-    output = model(tokens, use_cache=True)
-    if isinstance(model, MinRNNForCausalLM):
+def states(model: nn.Module, tokens: Tensor) -> Tensor | None:
+    """All that the recurrence keeps of the tokens, flat; None of GPT-2, which has none."""
+    output = model.model(tokens, use_cache=True)
+    if isinstance(model.model, MinRNNForCausalLM):
         kept = [layer.keys for layer in output.past_key_values.layers]
+    elif hasattr(output, "cache_params"):
+        kept = [output.cache_params.get_recurrent_state(i) for i in range(model.model.config.num_hidden_layers)]
     else:
-        kept = [output.cache_params.get_recurrent_state(i) for i in range(model.config.num_hidden_layers)]
+        return None
     return torch.cat([state.flatten() for state in kept])
 
 
 @torch.no_grad()
-def measure(experiment: str, model: PreTrainedModel, seed: int) -> Iterator[dict[str, float]]:
+def measure(experiment: str, model: nn.Module, seed: int) -> Iterator[dict[str, float]]:
     generator = torch.Generator().manual_seed(10_000 + seed)
     if experiment == "text":
         stream = text()[1]
         starts = torch.linspace(0, len(stream) - LENGTHS[-1] - 1, EVALUATED).long().tolist()
         windows = torch.stack([stream.read(start, start + LENGTHS[-1] + 1) for start in starts])
-        losses = torch.stack(
-            [cross_entropy(model(w[None, :-1], use_cache=False).logits[0], w[1:], reduction="none") for w in windows]
-        ).mean(0)
+        losses = torch.stack([cross_entropy(model(w[None, :-1])[0], w[1:], reduction="none") for w in windows]).mean(0)
         half = TRAINED_LENGTH // 2
         parts = windows.unfold(
             1, TRAINED_LENGTH + 1, half
         )  # the second half of each: all positions but the first half
-        in_parts = [
-            cross_entropy(model(p[:, :-1], use_cache=False).logits[:, half:].mT, p[:, half + 1 :], reduction="none")
-            for p in parts
-        ]
+        in_parts = [cross_entropy(model(p[:, :-1])[:, half:].mT, p[:, half + 1 :], reduction="none") for p in parts]
         losses_in_parts = torch.stack(in_parts).mean(0).flatten()
         for length in LENGTHS:
             row = {
@@ -231,7 +163,7 @@ def measure(experiment: str, model: PreTrainedModel, seed: int) -> Iterator[dict
         for _ in range(EVALUATED // 4):
             tokens, targets = (passkeys if experiment == "passkey" else pairs)(length, 4, generator)
             asked = targets != IGNORED
-            right = (model(tokens, use_cache=False).logits.argmax(-1) == targets) | ~asked
+            right = (model(tokens).argmax(-1) == targets) | ~asked
             correct.append(right.all(1) if experiment == "passkey" else right[asked])
         key = "length" if experiment == "passkey" else "pairs"
         yield {key: length, "accuracy": torch.cat(correct).float().mean().item()}
@@ -252,7 +184,7 @@ def plot(rows: Path, picture: Path) -> None:
     figure = Figure(figsize=(16, 4), layout="constrained")
     for place, (experiment, value, axis) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place, xlabel=axis, ylabel=value, title=experiment)
-        for contender in [*CONTENDERS, *WIDE]:
+        for contender in contenders(experiment):
             own = [row for row in latest.values() if (row["experiment"], row["contender"]) == (experiment, contender)]
             ats = sorted({row[axis] for row in own if value in row})
             if ats:
@@ -280,7 +212,7 @@ def main() -> None:
     options = flags.parse_args()
     report = Report(options)
     for experiment in options.experiments:
-        for name, build in (CONTENDERS | (WIDE if experiment == "passkey" else {})).items():
+        for name, build in contenders(experiment).items():
             for seed in options.seeds:
                 if not report.wants(f"{experiment} {name}"):
                     continue
@@ -288,7 +220,8 @@ def main() -> None:
                 model = build()
                 start = time.perf_counter()
                 rate = LEARNING_RATES[name.split(",")[0]]
-                train(model, training_batches(experiment, seed), options.steps, rate)
+                for _ in train(model, training_batches(experiment, seed), options.steps, rate):
+                    pass
                 run = {
                     "experiment": experiment,
                     "contender": name,

@@ -1,16 +1,23 @@
 """Language models of equal size that the paper's experiments compare: tokens (B, T) -> logits (B, T, vocabulary)."""
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-HEADS = 2
 
 
 class Logits(nn.Module):
@@ -25,7 +32,7 @@ class Logits(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Embedding, nn.GRU or nn.LSTM, output layer."""
+    """Embedding, nn.GRU or nn.LSTM, output layer of its own."""
 
     def __init__(self, kind: type[nn.RNNBase], vocabulary: int, width: int, layers: int):
         super().__init__()
@@ -37,65 +44,55 @@ class Recurrent(nn.Module):
         return self.output(self.rnn(self.embedding(tokens))[0])
 
 
-def minrnn(cell_type: str, vocabulary: int, width: int, layers: int, settings: dict[str, Any]) -> nn.Module:
-    config = MinRNNConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        cell_type=cell_type,
-        **settings,
-        **NO_TOKENS,
-    )
-    return Logits(MinRNNForCausalLM(config))
+@dataclass(frozen=True)
+class Family:
+    """Models that differ in kind and width alone.
 
+    positions: the longest sequence. heads: of attention. minrnn: further arguments of MinRNNConfig.
+    """
 
-def mamba(vocabulary: int, width: int, layers: int) -> nn.Module:
-    config = MambaConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, use_mambapy=True,
-        tie_word_embeddings=False, **NO_TOKENS,
-    )  # fmt: skip
-    return Logits(MambaForCausalLM(config))
+    vocabulary: int
+    layers: int
+    positions: int
+    heads: int = 2
+    tied: bool = True
+    dropout: float = 0.0
+    minrnn: dict[str, Any] = field(default_factory=dict)
 
+    def build(self, name: str, width: int) -> nn.Module:
+        shared = {"vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, **NO_TOKENS}
+        depth = {"hidden_size": width, "num_hidden_layers": self.layers}
+        if name in ("minGRU", "minLSTM"):
+            config = MinRNNConfig(**shared, **depth, cell_type=name.lower(), dropout=self.dropout, **self.minrnn)
+            return Logits(MinRNNForCausalLM(config))
+        if name in ("nn.GRU", "nn.LSTM"):
+            return Recurrent(getattr(nn, name.removeprefix("nn.")), self.vocabulary, width, self.layers)
+        if name == "Mamba":  # its parallel scan is used where mambapy is installed
+            return Logits(MambaForCausalLM(MambaConfig(**shared, **depth, use_mambapy=True)))
+        if name == "Llama":
+            config = LlamaConfig(
+                **shared, **depth, intermediate_size=3 * width, num_attention_heads=self.heads,
+                max_position_embeddings=self.positions,
+            )  # fmt: skip
+            return Logits(LlamaForCausalLM._from_config(config, attn_implementation="sdpa"))
+        if name == "GPT-2":
+            config = GPT2Config(
+                **shared, n_embd=width, n_layer=self.layers, n_head=self.heads, n_positions=self.positions,
+                embd_pdrop=self.dropout, attn_pdrop=self.dropout, resid_pdrop=self.dropout,
+            )  # fmt: skip
+            return Logits(GPT2LMHeadModel._from_config(config, attn_implementation="sdpa"))
+        raise ValueError(f"unknown contender {name!r}")
 
-def transformer(vocabulary: int, width: int, layers: int, positions: int) -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=HEADS, max_position_embeddings=positions, **NO_TOKENS,
-    )  # fmt: skip
-    return Logits(LlamaForCausalLM._from_config(config, attn_implementation="sdpa"))
+    def of_equal_size(self, name: str, width: int) -> nn.Module:
+        """Of the width, a multiple of 4, with which its parameters come nearest to those of a minGRU of `width`."""
+        with torch.device("meta"):
+            target = parameters(self.build("minGRU", width))
+            step = 2 * self.heads if name in ("Llama", "GPT-2") else 4  # rotary positions need an even head
+            widths = range(step, 4 * width, step)
+            best = min(widths, key=lambda width: abs(parameters(self.build(name, width)) - target))
+        return self.build(name, best)
 
 
 def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def contenders(
-    vocabulary: int, width: int, layers: int, positions: int, settings: dict[str, Any]
-) -> dict[str, Callable[[], nn.Module]]:
-    """By name. A minGRU of this width, and others as deep, with the width whose parameters come nearest to it.
-
-    positions: the longest sequence. settings: further arguments of MinRNNConfig.
-    """
-    builders = {
-        "minGRU": lambda width: minrnn("mingru", vocabulary, width, layers, settings),
-        "minLSTM": lambda width: minrnn("minlstm", vocabulary, width, layers, settings),
-        "nn.GRU": lambda width: Recurrent(nn.GRU, vocabulary, width, layers),
-        "nn.LSTM": lambda width: Recurrent(nn.LSTM, vocabulary, width, layers),
-        "Mamba": lambda width: mamba(vocabulary, width, layers),
-        "Transformer": lambda width: transformer(vocabulary, width, layers, positions),
-    }
-    with torch.device("meta"):
-        target = parameters(builders["minGRU"](width))
-    return {name: (lambda build=build: build(nearest_width(build, target))) for name, build in builders.items()}
-
-
-def nearest_width(build: Callable[[int], nn.Module], target: int) -> int:
-    """The multiple of 4 with which a model has the number of parameters nearest to `target`."""
-    best, best_distance = 0, float("inf")
-    for width in range(4, 4096, 4):
-        with torch.device("meta"):
-            distance = abs(parameters(build(width)) - target)
-        if distance >= best_distance:
-            break
-        best, best_distance = width, distance
-    return best
+    """Without GPT-2's table of positions, most of which a long one never trains."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith("wpe.weight"))

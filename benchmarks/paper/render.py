@@ -13,11 +13,13 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "results.md"
+WINDOW_STEPS = 1500  # of the sweep over learning rates
 Row = dict[str, object]
 
 
@@ -27,7 +29,7 @@ def rows(name: str, *key: str) -> list[Row]:
     path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
         row = json.loads(line)
-        latest[tuple(row[field] for field in key)] = row
+        latest[tuple(row.get(field) for field in key)] = row
     return list(latest.values())
 
 
@@ -92,32 +94,82 @@ def spread(values: list[float]) -> str:
 
 
 def task_runs() -> list[Row]:
-    return rows("paper_tasks", "task", "contender", "layers", "seed", "steps", "learning_rate")
+    return rows("paper_tasks", "task", "contender", "layers", "seed", "steps", "learning_rate", "plain")
+
+
+def grouped(found: list[Row], *key: str) -> dict[tuple, list[Row]]:
+    groups: dict[tuple, list[Row]] = {}
+    for row in found:
+        groups.setdefault(tuple(row[field] for field in key), []).append(row)
+    return groups
 
 
 def selective_copying() -> str:
-    found = [row for row in task_runs() if row["task"] == "selective_copying"]
-    groups: dict[tuple, list[Row]] = {}
-    for row in found:
-        groups.setdefault((row["contender"], row["layers"], row["learning_rate"], row["steps"]), []).append(row)
+    found = [row for row in task_runs() if row["task"] == "selective_copying" and row["steps"] > WINDOW_STEPS]
     lines = [
         (
             name,
             layers,
             f"{own[0]['parameters']:,}",
             f"{rate:g}",
-            steps,
+            f"{steps:,}",
             len(own),
             spread([row["accuracy"] for row in own]),
         )
-        for (name, layers, rate, steps), own in groups.items()
+        for (name, layers, rate, steps), own in grouped(found, "contender", "layers", "learning_rate", "steps").items()
     ]
     return table(["", "layers", "parameters", "learning rate", "steps", "seeds", "accuracy, %"], lines)
 
 
+def learning_rates() -> str:
+    found = [row for row in task_runs() if row["task"] == "selective_copying" and row["steps"] == WINDOW_STEPS]
+    rates = sorted({row["learning_rate"] for row in found})
+    lines = []
+    for plain, name in ((True, "MinRNNConfig's own"), (False, "the preset's")):
+        cells = [
+            [row["accuracy"] for row in found if (row["plain"], row["learning_rate"]) == (plain, rate)]
+            for rate in rates
+        ]
+        lines.append((name, *(spread(values) if values else "not run" for values in cells)))
+    return table(["initialisation", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def shakespeare() -> str:
+    lines = []
+    for row in rows("paper_shakespeare", "experiment", "contender", "seed"):
+        if row["experiment"] != "equal":
+            loss = row["held_out_loss"]
+            settings = {"paper": "shakespeare-char.yaml", "best": "shakespeare-char-best.yaml"}[row["experiment"]]
+            cells = f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['minutes']:.0f}"
+            lines.append((row["contender"], settings, *cells, f"{loss['value']:.3f}", f"{loss['at_most']:g}"))
+    return table(["", "settings", "parameters", "steps", "minutes", "held-out loss", "to reach"], lines)
+
+
+def shakespeare_equal() -> str:
+    found = [
+        row
+        for row in rows("paper_shakespeare", "experiment", "contender", "equal", "seed")
+        if row["experiment"] == "equal" and row["equal"]  # not of a sweep
+    ]
+    lines = []
+    for (name,), own in grouped(found, "contender").items():
+        cells = []
+        for budget in ("tokens", "time"):  # minGRU, whose these are, has one row for both
+            runs = [row for row in own if row["equal"] == budget] or own
+            cells += [f"{runs[0]['steps']:,}", nats([row["held_out_loss"] for row in runs])]
+        row = own[0]
+        lines.append((name, f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{row['ms_a_step']:.0f}", *cells))
+    columns = "parameters", "learning rate", "ms a step", "steps", "loss", "steps in equal time", "loss"
+    return table(["", *columns], lines)
+
+
+def nats(losses: list[float]) -> str:
+    return f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
+
+
 def chomsky() -> str:
     found = [row for row in task_runs() if row["task"] != "selective_copying"]
-    names = list(dict.fromkeys(row["contender"] for row in found))
+    names = [name for name in CONTENDERS if name in {row["contender"] for row in found}]
     lines = []
     for task in dict.fromkeys(row["task"] for row in found):
         cells = [
@@ -131,6 +183,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "speed": speed,
     "selective copying": selective_copying,
+    "learning rates": learning_rates,
+    "shakespeare": shakespeare,
+    "shakespeare equal": shakespeare_equal,
     "chomsky": chomsky,
 }
 PLOTS: dict[str, Callable[[Path], None]] = {"paper_speed.png": plot_speed}

@@ -1,9 +1,8 @@
 """Selective copying and the Chomsky hierarchy (arXiv 2410.01201, tables 1, 2 and 6), scaled down to one CPU thread.
 
-The tasks of training/tasks.py, which train.py runs too, for models of equal size (benchmarks/paper/models.py): minGRU,
-minLSTM, nn.GRU, nn.LSTM, Mamba (mambapy's scan) and a Transformer (Llama). AdamW without weight decay, gradient norm
-clipped to 1, learning rate warmed up over a twentieth of the steps and then down to a tenth along a cosine, bfloat16
-products. A row is one training run:
+The tasks of training/tasks.py in the settings of configs/paper/, which train.py runs too, for models of equal size
+(benchmarks/paper/models.py): minGRU, minLSTM, nn.GRU, nn.LSTM, Mamba (mambapy's scan) and Llama, trained as
+benchmarks/paper/training.py does. A row is one training run:
 
 accuracy: tokens of held-out answers predicted, on average over the held-out lengths, at the last step.
 steps_to_99: the first evaluation, of one every 250 steps, with an accuracy of at least 99 %; null if there was none.
@@ -13,93 +12,55 @@ steps_to_99: the first evaluation, of one every 250 steps, with an accuracy of a
 """
 
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from torch import Tensor, nn
 
 from benchmarks.harness import Report, parser
-from benchmarks.paper.models import contenders, parameters
+from benchmarks.paper.models import Family, parameters
+from benchmarks.paper.training import train
+from training.config import RunConfig, load_config
 from training.data import IGNORED
-from training.tasks import MARK, TASKS, HeldOutQuestions, Questions, TaskBatches
-from training.tokenizers import character_tokenizer
+from training.tasks import TASKS, HeldOutQuestions, TaskBatches, load_task
 
+CONTENDERS = ("minGRU", "minLSTM", "nn.GRU", "nn.LSTM", "Mamba", "Llama")
+INITIALISATION = ("max_timescale", "initializer_range")
+OF_THE_FAMILY = ("cell_type", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
 EVALUATE_EVERY_STEPS = 250
 EVALUATION_TOKENS = 2**14
 
 
-@dataclass
-class Setting:
-    lengths: tuple[int, int]
-    held_out_lengths: tuple[int, int]
-    batch_size: int
-    steps: int
-    layers: list[int]
-    width: int  # of the minGRU
-    minrnn: dict[str, Any]  # further arguments of MinRNNConfig
-    learning_rates: dict[str, float] = field(default_factory=dict)  # where it is not DEFAULT_LEARNING_RATE
+# Of these the rates in the files are too high.
+LEARNING_RATES = {("selective_copying", "Llama"): 1e-3, ("selective_copying", "Mamba"): 1e-3}
 
 
-DEFAULT_LEARNING_RATE = 3e-3
-# In both: untied embeddings, and weights drawn wider than for text, or the layers see next to nothing of each other.
-SELECTIVE_COPYING = Setting(
-    lengths=(256, 256),
-    held_out_lengths=(256, 256),
-    batch_size=32,
-    steps=8000,
-    layers=[1, 2, 3],
-    # Like the paper's: no convolution, no MLP. It starts with memories of up to the length of the question.
-    width=64,
-    minrnn=dict(expansion_factor=4, conv_kernel_size=0, intermediate_size=0, max_timescale=256,
-                initializer_range=0.1, tie_word_embeddings=False),
-    learning_rates={"Transformer": 1e-3, "Mamba": 1e-3},
-)  # fmt: skip
-CHOMSKY = Setting(
-    lengths=(1, 40),
-    held_out_lengths=(40, 256),
-    batch_size=128,
-    steps=2000,
-    layers=[2],
-    width=64,
-    minrnn=dict(expansion_factor=2, conv_kernel_size=4, intermediate_size=0, max_timescale=256,
-                initializer_range=0.1, tie_word_embeddings=False),
-)  # fmt: skip
+def load_setting(task: str) -> RunConfig:
+    """The settings that train.py would train this task with."""
+    name = "selective-copying-cpu" if task == "selective_copying" else "chomsky"
+    config = load_config(f"configs/paper/{name}.yaml", [f"data.task={task}"])
+    shortest, longest = config.data.task_lengths
+    config.data.task_lengths = (max(shortest, TASKS[task].shortest), longest)
+    return config
 
 
+def cut_to_answers(batches: TaskBatches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B, T) without what follows the answers, which end together in all rows of a batch."""
+    for inputs, targets in batches:
+        end = (targets[0] != IGNORED).nonzero()[-1].item() + 1
+        yield inputs[:, :end].contiguous(), targets[:, :end].contiguous()
+
+
+@torch.no_grad()
 def accuracy(model: nn.Module, held_out: HeldOutQuestions) -> float:
     model.eval()
     right = count = 0
     for inputs, targets in held_out.batches(EVALUATION_TOKENS):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
             guesses = model(inputs).argmax(-1)
         right += (guesses == targets).sum().item()
         count += (targets != IGNORED).sum().item()
-    model.train()
     return right / count
-
-
-def train(model: nn.Module, batches: TaskBatches, held_out: HeldOutQuestions, steps: int, learning_rate: float):
-    """Trains in place; returns {step: accuracy} of every evaluation."""
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.0, fused=True)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 20, steps, min_lr_rate=0.1)
-    curve = {}
-    for step in range(1, steps + 1):
-        inputs, targets = next(batches)
-        end = (targets[0] != IGNORED).nonzero()[-1].item() + 1  # all rows of a batch end there, and padding follows
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(inputs[:, :end].contiguous())
-        scored = targets[:, :end] != IGNORED
-        cross_entropy(logits[scored].float(), targets[:, :end][scored]).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % EVALUATE_EVERY_STEPS == 0 or step == steps:
-            curve[step] = accuracy(model, held_out)
-    return curve
 
 
 def main() -> None:
@@ -109,33 +70,43 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--steps", type=int)
     flags.add_argument("--learning-rates", type=float, nargs="+", help="a sweep, in place of one for each contender")
+    flags.add_argument("--plain", action="store_true", help="MinRNN with the initialisation that MinRNNConfig has")
     options = flags.parse_args()
     report = Report(options)
-    setting = SELECTIVE_COPYING if options.task == "selective_copying" else CHOMSKY
-    task, steps = TASKS[options.task], options.steps or setting.steps
-    tokenizer = character_tokenizer([task.symbols, MARK])
-    questions = Questions(task, tokenizer, setting.lengths[1])
-    held_out = HeldOutQuestions(Questions(task, tokenizer, setting.held_out_lengths[1]), setting.held_out_lengths)
-    positions = held_out.questions.sequence_length
-    for layers in options.layers or setting.layers:
-        models = contenders(len(tokenizer), setting.width, layers, positions, setting.minrnn)
-        for name, build in models.items():
+    config = load_setting(options.task)
+    setting, arguments = config.train, config.model
+    if options.plain:
+        arguments = {name: value for name, value in arguments.items() if name not in INITIALISATION}
+    minrnn = {name: value for name, value in arguments.items() if name not in OF_THE_FAMILY}
+    steps = options.steps or setting.steps
+    tokenizer, _, held_out = load_task(config, slice(None))
+    for layers in options.layers or [arguments["num_hidden_layers"]]:
+        positions = max(held_out.questions.sequence_length, setting.sequence_length)
+        family = Family(len(tokenizer), layers, positions, tied=arguments["tie_word_embeddings"], minrnn=minrnn)
+        for name in CONTENDERS:
             if not report.wants(f"{options.task} {name} {layers}"):
                 continue
-            for rate in options.learning_rates or [setting.learning_rates.get(name, DEFAULT_LEARNING_RATE)]:
-                for seed in options.seeds:
-                    torch.manual_seed(seed)
-                    model = build()
-                    batches = TaskBatches(questions, setting.lengths, setting.batch_size, seed, slice(None))
-                    started = time.perf_counter()
-                    curve = train(model, batches, held_out, steps, rate)
+            for rate in options.learning_rates or [LEARNING_RATES.get((options.task, name), setting.learning_rate)]:
+                for setting.seed in options.seeds:
+                    torch.manual_seed(setting.seed)
+                    model = family.of_equal_size(name, arguments["hidden_size"])
+                    _, batches, _ = load_task(config, slice(None))
+                    started, curve = time.perf_counter(), {}
+                    warmup = setting.warmup_steps / setting.steps
+                    for step in train(
+                        model, cut_to_answers(batches), steps, rate, betas=setting.betas, warmup=warmup,
+                        final_rate=setting.min_learning_rate_ratio,
+                    ):  # fmt: skip
+                        if step % EVALUATE_EVERY_STEPS == 0 or step == steps:
+                            curve[step] = accuracy(model, held_out)
                     reached = [step for step, value in curve.items() if value >= 0.99]
                     report.add(
                         task=options.task,
                         contender=name,
                         layers=layers,
-                        seed=seed,
+                        seed=setting.seed,
                         parameters=parameters(model),
+                        plain=options.plain,
                         learning_rate=rate,
                         steps=steps,
                         accuracy=curve[steps],

@@ -1,0 +1,56 @@
+"""How the paper's experiments train: one loop for all their models."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from training.data import IGNORED
+
+GRADIENT_NORM = 1.0
+
+
+def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Nats per target; inputs and targets (B, T), IGNORED where there is none."""
+    scored = targets != IGNORED
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(inputs)
+    return cross_entropy(logits[scored].float(), targets[scored])
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator[Iterable[Tensor]],
+    steps: int,
+    learning_rate: float,
+    *,
+    groups: list[dict[str, Any]] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    warmup: float = 0.05,
+    final_rate: float = 0.1,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = mean_loss,
+) -> Iterator[int]:
+    """Trains in place with AdamW and yields the number of each step after it, so that the caller may look or stop.
+
+    The learning rate rises over the fraction `warmup` of the steps and then goes down to `final_rate` of itself along
+    a cosine; gradient norm clipped to 1; products in bfloat16.
+
+    groups: of parameters, with their weight decay; None: all, without.
+    """
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(groups or parameters, learning_rate, betas=betas, weight_decay=0.0, fused=True)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, round(warmup * steps), steps, min_lr_rate=final_rate
+    )
+    for step in range(1, steps + 1):
+        model.train()
+        loss(model, *next(batches)).backward()
+        nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        yield step
+    model.eval()
