@@ -15,10 +15,9 @@ score: mean return. normalised: 0 is the mean of random actions, 100 that of the
 """
 
 import argparse
-import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium
@@ -26,16 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, pad
-from transformers import (
-    DynamicCache,
-    GPT2Config,
-    GPT2Model,
-    PreTrainedModel,
-    get_cosine_with_min_lr_schedule_with_warmup,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.harness import Report, parser
-from benchmarks.paper.models import HEADS, NO_TOKENS, nearest_width, parameters
+from benchmarks.paper.models import Family, parameters
+from benchmarks.paper.training import train
 from benchmarks.paper.trajectories import (
     TASKS,
     Array,
@@ -47,7 +41,6 @@ from benchmarks.paper.trajectories import (
     play,
     returns,
 )
-from modeling_minrnn import MinRNNConfig, MinRNNModel
 
 DATA_SEED, PLAY_SEED = 0, 1_000_000
 CONTEXT = 20  # steps of three tokens
@@ -93,39 +86,12 @@ class DecisionModel(nn.Module):
         return answers if self.discrete else answers.tanh()
 
 
-def minrnn(cell_type: str, width: int) -> PreTrainedModel:
-    return MinRNNModel(
-        MinRNNConfig(
-            vocab_size=1, hidden_size=width, num_hidden_layers=LAYERS, cell_type=cell_type,
-            max_timescale=3 * CONTEXT, **NO_TOKENS,
-        )
-    )  # fmt: skip
-
-
-def gpt2(positions: int, width: int) -> PreTrainedModel:
-    config = GPT2Config(
-        vocab_size=1, n_embd=width, n_layer=LAYERS, n_head=HEADS, n_positions=positions, embd_pdrop=0.0,
-        attn_pdrop=0.0, resid_pdrop=0.0, **NO_TOKENS,
-    )  # fmt: skip
-    return GPT2Model._from_config(config, attn_implementation="sdpa")
-
-
-TRUNKS: dict[str, Callable[[int], PreTrainedModel]] = {
-    "minGRU": functools.partial(minrnn, "mingru"),
-    "minLSTM": functools.partial(minrnn, "minlstm"),
-    "GPT-2": functools.partial(gpt2, 3 * CONTEXT),
-}
-
-
 def build(name: str, observation_size: int, action_size: int, discrete: bool) -> DecisionModel:
-    """With the trunk of this name, whose width brings its parameters nearest to those of minGRU at WIDTH."""
-
-    def with_trunk(trunk: Callable[[int], PreTrainedModel], width: int) -> DecisionModel:
-        return DecisionModel(trunk(width), observation_size, action_size, discrete)
-
-    with torch.device("meta"):
-        target = parameters(with_trunk(TRUNKS["minGRU"], WIDTH))
-    return with_trunk(TRUNKS[name], nearest_width(functools.partial(with_trunk, TRUNKS[name]), target))
+    """With the trunk of this name, as large as that of minGRU at WIDTH."""
+    # A vocabulary of one: tokens are given as vectors.
+    family = Family(1, LAYERS, positions=3 * CONTEXT, minrnn={"max_timescale": 3 * CONTEXT})
+    trunk = family.of_equal_size(name, WIDTH).model.base_model
+    return DecisionModel(trunk, observation_size, action_size, discrete)
 
 
 def sizes(environment: gymnasium.Env) -> tuple[int, int, bool]:
@@ -163,40 +129,27 @@ class Trajectories:
     def normalised(self, observations: Array) -> Tensor:
         return torch.from_numpy((observations - self.mean) / self.deviation).float()
 
-    def batches(self, seed: int) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
-        """Windows of CONTEXT steps: inputs (B, T, .), the actions that were taken (B, T, m), and which steps are real
-        (B, T): an episode may end in a window."""
+    def batches(self, seed: int) -> Iterator[list[Tensor]]:
+        """Windows of CONTEXT steps: inputs of DecisionModel, the actions that were taken (B, T, m), and which steps
+        are real (B, T), as an episode may end in a window."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             starts = torch.randint(len(self.ends), (BATCH, 1), generator=generator)
             steps = starts + torch.arange(CONTEXT)
             real = steps < self.ends[starts]
             steps = steps.minimum(self.ends[starts] - 1)
-            yield tuple(values[steps] for values in self.inputs), self.actions[steps], real
+            yield [*(values[steps] for values in self.inputs), self.actions[steps], real]
 
 
 # ---- Training and playing
 
 
-def train(model: DecisionModel, batches: Iterator, steps: int, learning_rate: float) -> float:
-    """Returns the mean loss of the last tenth of the steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4, fused=True)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, steps // 10, steps, min_lr_rate=0.1)
-    losses = []
-    model.train()
-    for _ in range(steps):
-        inputs, actions, real = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
-            answers = model(*inputs)
-        loss = (cross_entropy if model.discrete else mse_loss)(answers[real].float(), actions[real])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-    model.eval()
-    return float(np.mean(losses[-(steps // 10) :]))
+def action_loss(model: DecisionModel, *tensors: Tensor) -> Tensor:
+    """Of a batch of `Trajectories.batches`."""
+    *inputs, actions, real = tensors
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = model(*inputs)
+    return (cross_entropy if model.discrete else mse_loss)(answers[real].float(), actions[real])
 
 
 class Player:
@@ -222,7 +175,7 @@ class Player:
 
 
 def learn(task: Task, options: argparse.Namespace, report: Report) -> None:
-    contenders = [name for name in TRUNKS if report.wants(f"{task.environment} {name}")]
+    contenders = [name for name in LEARNING_RATES if report.wants(f"{task.environment} {name}")]
     if not contenders:
         return
     dataset = load_or_make(task, DATA_SEED, options.data)
@@ -234,7 +187,10 @@ def learn(task: Task, options: argparse.Namespace, report: Report) -> None:
         torch.manual_seed(seed)
         model = build(name, *sizes(environments[0]))
         started = time.perf_counter()
-        loss = train(model, trajectories.batches(seed), options.steps, LEARNING_RATES[name])
+        for _ in train(
+            model, trajectories.batches(seed), options.steps, LEARNING_RATES[name], warmup=0.1, loss=action_loss
+        ):
+            pass
         minutes = (time.perf_counter() - started) / 60
         for reads in ("window",) if name == "GPT-2" else ("window", "state"):
             player = Player(model, trajectories, asked_returns.repeat(EPISODES), reads)
@@ -254,7 +210,6 @@ def learn(task: Task, options: argparse.Namespace, report: Report) -> None:
                     parameters=parameters(model),
                     learning_rate=LEARNING_RATES[name],
                     steps=options.steps,
-                    loss=loss,
                     minutes=minutes,
                 )
 
