@@ -1,4 +1,4 @@
-"""Offline reinforcement learning (arXiv 2410.01201, table 4), scaled down to one CPU thread and to data of its own.
+"""Offline reinforcement learning, after the D4RL experiments of arXiv 2410.01201, on one CPU thread and own data.
 
 Decision Transformers (Chen et al., arXiv 2106.01345) of equal size with three trunks: MinRNNModel with minGRU, with
 minLSTM, and GPT2Model. A step is three tokens, the action before it, the return still to come and the observation; at
