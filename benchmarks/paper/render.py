@@ -235,6 +235,51 @@ def bars(path: Path, found: list[Row], across: str, value: str, label: str) -> N
     figure.savefig(path, dpi=110)
 
 
+def offline_rl_runs(*key: str) -> dict[tuple, list[Row]]:
+    return grouped(rows("paper_offline_rl", "environment", "contender", "reads", "seed", "asked"), *key)
+
+
+def offline_rl() -> str:
+    contenders = list(offline_rl_runs("contender", "reads"))
+    lines = []
+    for (environment, asked_return), found in offline_rl_runs("environment", "asked_return").items():
+        by_contender = grouped(found, "contender", "reads")
+        cells = [
+            f"{spread([row['normalised'] / 100 for row in own])} ({mean(row['score'] for row in own):,.0f})"
+            for own in map(by_contender.get, contenders)
+        ]
+        data = f"{environment} ({found[0]['random_return']:,.0f}, {found[0]['behaviour_return']:,.0f})"
+        lines.append((data, f"{asked_return:,.0f}", *cells))
+    return table(["(random, data)", "asked for", *(f"{name}, {reads}" for name, reads in contenders)], lines)
+
+
+def plot_offline_rl(path: Path) -> None:
+    environments = offline_rl_runs("environment")
+    figure = Figure(figsize=(3.4 * len(environments), 3.4), layout="constrained")
+    for place, ((environment,), found) in enumerate(environments.items(), 1):
+        axes = figure.add_subplot(1, len(environments), place, title=environment, xlabel="return asked for")
+        for (name, reads), own in grouped(found, "contender", "reads").items():
+            scores = {asked: [row["score"] for row in runs] for (asked,), runs in grouped(own, "asked_return").items()}
+            means, spreads = list(map(mean, scores.values())), list(map(stdev, scores.values()))
+            axes.errorbar(list(scores), means, spreads, capsize=2, label=f"{name}, {reads}")
+        axes.plot(list(scores), list(scores), ":", color="gray", label="as asked")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("mean return")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def decision_step() -> str:
+    found = rows("paper_decision_step", "contender", "reads", "horizon")
+    horizons = sorted({row["horizon"] for row in found})
+    lines = []
+    for (name, reads), own in grouped(found, "contender", "reads").items():
+        own.sort(key=lambda row: row["horizon"])
+        cells = [f"{row['ms']:.2f} ms, {row['kept_bytes'] / 1e3:,.1f} kB" for row in own]
+        lines.append((f"{name}, {reads}", *cells, f"{own[-1]['slowdown']:.2f}"))
+    return table(["", *(f"step {horizon:,}" for horizon in horizons), "times as long"], lines)
+
+
 ABLATED = ("6 layers of 128", "minLSTM")  # what variants are compared with whose names begin so; others: the first
 
 
@@ -329,6 +374,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "shakespeare": shakespeare,
     "shakespeare equal": shakespeare_equal,
     "chomsky": chomsky,
+    "offline rl": offline_rl,
+    "decision step": decision_step,
     "ablations": ablations,
     "presets": presets,
 }
@@ -337,6 +384,7 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "paper_selective_copying.png": plot_selective_copying,
     "paper_shakespeare.png": plot_shakespeare,
     "paper_chomsky.png": plot_chomsky,
+    "paper_offline_rl.png": plot_offline_rl,
     "paper_ablations.png": plot_ablations,
     "paper_presets.png": plot_presets,
 }

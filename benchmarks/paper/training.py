@@ -31,7 +31,7 @@ def train(
     betas: tuple[float, float] = (0.9, 0.999),
     warmup: float = 0.05,
     final_rate: float = 0.1,
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = mean_loss,
+    loss: Callable[..., Tensor] = mean_loss,
 ) -> Iterator[int]:
     """Trains in place with AdamW and yields the number of each step after it, so that the caller may look or stop.
 
@@ -39,6 +39,7 @@ def train(
     a cosine; gradient norm clipped to 1; products in bfloat16.
 
     groups: of parameters, with their weight decay; None: all, without.
+    loss: of the model and the tensors of a batch.
     """
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(groups or parameters, learning_rate, betas=betas, weight_decay=0.0, fused=True)
