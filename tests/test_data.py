@@ -1,5 +1,6 @@
 """Data: documents are split without a leak, tokens are stored without a loss, batches are reproducible."""
 
+import atexit
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from training.data import (
     RandomWindows,
     StreamedWindows,
     TokenStream,
+    WorkerWindows,
     cut,
     is_held_out,
     load_documents,
@@ -313,6 +315,33 @@ def test_workers_make_the_batches_of_their_readers_in_turn_and_resume_after_any_
     assert batches.window_starts == [[1, window] for window in last.window_starts]
     assert last.window_starts[-1] == 350 * 3 * 7 - 7
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class AbortsAtExit:
+    """A reader in whose process a library aborts at the exit."""
+
+    def __iter__(self):
+        atexit.register(os.abort)
+        return self
+
+    def __next__(self):
+        return torch.zeros(2, 1, 1)
+
+    def state_dict(self):
+        return {}
+
+    def follow(self, state):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_end_well_whatever_libraries_do_at_the_exit_of_a_process(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    batches = WorkerWindows([AbortsAtExit(), AbortsAtExit()])
+    next(batches), next(batches)
+    workers = batches.batches._workers
+    batches.batches._shutdown_workers()
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 ORPHANS = """

@@ -6,6 +6,7 @@ column "text"; end tokens separate them.
 
 import glob
 import hashlib
+import os
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import accumulate, chain
+from multiprocessing.util import Finalize
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, alarm, signal
 from typing import Any
@@ -388,7 +390,7 @@ class WorkerWindows:
                 batch_size=None,
                 num_workers=len(self.readers),
                 collate_fn=unchanged,
-                worker_init_fn=outlive_signals,
+                worker_init_fn=begin_worker,
                 generator=torch.Generator(),  # or it would draw from the random state of training
                 # A fork would copy threads and signal handlers; what a forkserver starts outlives a training process
                 # that is killed.
@@ -430,10 +432,13 @@ def unchanged(batch: Any) -> Any:
     return batch
 
 
-def outlive_signals(worker: int) -> None:
+def begin_worker(worker: int) -> None:
     """Ctrl-C and the end of a batch job reach all processes; training, which saves then, has to find its workers."""
     signal(SIGINT, SIG_IGN)
     signal(SIGTERM, end_soon)
+    # At its end, last of all: a worker has nothing to save, and what libraries do at the exit of a process is now and
+    # then an abort, of which the DataLoader makes an exception in the midst of training.
+    Finalize(None, os._exit, args=(0,), exitpriority=-1000)
 
 
 def end_soon(number: int, frame: Any) -> None:
