@@ -2,8 +2,9 @@
 
     python -m benchmarks.paper.shakespeare PATH_TO/input.txt paper|best|equal [--only minGRU] [--seeds 0]
 
-paper  `train.py configs/shakespeare-char.yaml`, the paper's set-up, stopped when the held-out loss has risen for
-       PATIENCE evaluations. The paper has 1.548 for minGRU after 575 steps and 1.555 for minLSTM after 625.
+paper  `train.py configs/shakespeare-char.yaml`, the paper's set-up, stopped after PATIENCE
+       evaluations in a row without a new best. The paper has 1.548 for minGRU after 575 steps, 1.555 for minLSTM
+       after 625.
 best   `train.py configs/shakespeare-char-best.yaml`: below nanoGPT's 1.4697, which takes 10.65 million parameters.
 equal  the small setting, configs/shakespeare-char-cpu.yaml, for models of equal size (benchmarks/paper/models.py) on
        the same batches: at equal tokens, and at equal time, for as many steps as last as long as minGRU's. ms_a_step

@@ -31,7 +31,7 @@ EVALUATE_EVERY_STEPS = 250
 EVALUATION_TOKENS = 2**14
 
 
-# Of these the rates in the files are too high.
+# In place of the rates in the files, which are those of recurrent models; not swept.
 LEARNING_RATES = {("selective_copying", "Llama"): 1e-3, ("selective_copying", "Mamba"): 1e-3}
 
 
