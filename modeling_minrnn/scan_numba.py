@@ -295,21 +295,42 @@ def dense(tensor):
     return tensor.detach().to(torch.float32).contiguous()
 
 
-def _inputs(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask):
+CONVERTED_AT_ONCE = 2**17  # elements of `projected`; with what is computed from them they stay in the cache of a core
+
+
+def row_groups(projected):
+    """Slices of B. Of other dtypes than float32 a few rows are converted at a time: copies of all of them would cost
+    more than the recurrence, most of it for memory that the system hands out and takes back at each call."""
+    B, T, width = projected.shape
+    rows = max(torch.get_num_threads(), CONVERTED_AT_ONCE // (T * width))
+    return [slice(B)] if projected.dtype == torch.float32 else [slice(i, i + rows) for i in range(0, B, rows)]
+
+
+def output(tensor):
+    """Where a kernel writes what is then copied to `tensor`: itself in float32, which a copy leaves as it is."""
+    return tensor if tensor.dtype == torch.float32 else torch.empty(tensor.shape)
+
+
+def _inputs(rows, projected, cell_type, initial_state, reset_state, reset_mask, padding_mask):
     T, D = projected.shape[1], initial_state.shape[1]
-    masks = [(None, 0) if mask is None else (mask.contiguous(), mask.numel()) for mask in (reset_mask, padding_mask)]
-    states = (dense(initial_state), dense(reset_state))
-    return cell_type == "minlstm", *strided(projected), T, D, *states, *masks[0], *masks[1]
+    masks = [None if mask is None else mask[rows].contiguous() for mask in (reset_mask, padding_mask)]
+    sizes = [(mask, 0 if mask is None else mask.numel()) for mask in masks]
+    states = (dense(initial_state[rows]), dense(reset_state))
+    return cell_type == "minlstm", *strided(projected[rows]), T, D, *states, *sizes[0], *sizes[1]
 
 
 def forward(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask):
     """(states, final_state) of `scan.minrnn_scan`; initial_state (B, D), reset_state (D,)."""
     B, D = initial_state.shape
-    states = torch.empty(B, projected.shape[1], D)
+    states = torch.empty(B, projected.shape[1], D, dtype=projected.dtype)
     final_state = torch.empty(B, D)
-    inputs = _inputs(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
-    run(forward_kernel, (*inputs, states, final_state), B, D)
-    return states.to(projected.dtype), final_state
+    for rows in row_groups(projected):
+        inputs = _inputs(rows, projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
+        part = states[rows]
+        written = output(part)
+        run(forward_kernel, (*inputs, written, final_state[rows]), len(part), D)
+        part.copy_(written)
+    return states, final_state
 
 
 def backward(
@@ -317,10 +338,15 @@ def backward(
 ):
     """Gradients of projected (B, T, gates * D), initial_state (B, D) and reset_state (D,)."""
     B, D = initial_state.shape
-    d_projected = torch.empty(projected.shape)
+    d_projected = torch.empty(projected.shape, dtype=projected.dtype)
     d_initial_state = torch.empty(B, D)
     d_reset_state = torch.zeros(B, D, dtype=torch.float64)
-    inputs = _inputs(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
-    upstream = (*strided(d_states), dense(d_final_state))
-    run(backward_kernel, (*inputs, dense(states), *upstream, d_projected, d_initial_state, d_reset_state), B, D)
-    return d_projected.to(projected.dtype), d_initial_state, d_reset_state.sum(0).to(torch.float32)
+    for rows in row_groups(projected):
+        inputs = _inputs(rows, projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
+        upstream = (*strided(d_states[rows]), dense(d_final_state[rows]))
+        part = d_projected[rows]
+        written = output(part)
+        downstream = (written, d_initial_state[rows], d_reset_state[rows])
+        run(backward_kernel, (*inputs, dense(states[rows]), *upstream, *downstream), len(part), D)
+        part.copy_(written)
+    return d_projected, d_initial_state, d_reset_state.sum(0).to(torch.float32)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_minrnn import scan
+from modeling_minrnn import scan, scan_numba
 from modeling_minrnn.scan import GATES, minrnn_scan
 
 ROOT = Path(__file__).parent.parent
@@ -20,8 +20,8 @@ PACKAGE = ROOT / "modeling_minrnn"
 every_cell = pytest.mark.parametrize("cell_type", sorted(GATES))
 
 
-def forward_and_backward(cell_type, B, T=100, D=70, seed=0):
-    """(states, final state, gradients of projected, initial_state and reset_state)"""
+def forward_and_backward(cell_type, B, T=100, D=70, seed=0, dtype=torch.float32):
+    """(states, final state, gradients of projected, initial_state and reset_state); dtype: that of projected."""
     generator = torch.Generator().manual_seed(seed)
     inputs = [
         torch.randn(shape, generator=generator, requires_grad=True)
@@ -29,6 +29,7 @@ def forward_and_backward(cell_type, B, T=100, D=70, seed=0):
     ]
     resets, padding = (torch.rand(B, T, generator=generator) < 0.1 for _ in range(2))
     projected, initial_state, reset_state = inputs
+    projected = projected.to(dtype)
     outputs = minrnn_scan(
         projected, cell_type, initial_state,
         reset_mask=resets, padding_mask=padding, reset_state=reset_state, backend="numba",
@@ -40,6 +41,21 @@ def forward_and_backward(cell_type, B, T=100, D=70, seed=0):
 
 def all_equal(left, right):
     return all(torch.equal(x, y) for x, y in zip(left, right))
+
+
+# 7 rows are several groups of different sizes; less than a row at a time is still a row, or one each thread.
+@every_cell
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows_at_once", [0.1, 1, 3, 6.9])
+def test_half_precision_converted_in_groups_of_rows_is_the_same_to_the_bit(
+    cell_type, dtype, rows_at_once, two_threads, monkeypatch
+):
+    monkeypatch.setattr(scan_numba, "CONVERTED_AT_ONCE", 2**60)
+    all_at_once = forward_and_backward(cell_type, 7, dtype=dtype)
+    monkeypatch.setattr(scan_numba, "CONVERTED_AT_ONCE", int(rows_at_once * 100 * 70 * GATES[cell_type]))
+    assert all_equal(all_at_once, forward_and_backward(cell_type, 7, dtype=dtype))
+    torch.set_num_threads(1)
+    assert all_equal(all_at_once, forward_and_backward(cell_type, 7, dtype=dtype))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ benchmarks/paper/training.py does. A row is one training run:
 accuracy: tokens of held-out answers predicted, on average over the held-out lengths, at the last step.
 steps_to_99: the first evaluation, of one every 250 steps, with an accuracy of at least 99 %; null if there was none.
 
-    python -m benchmarks.paper.tasks selective_copying --layers 1 2 3 --seeds 0 1 2 3 4 [--only minGRU] [--steps 8000]
+    python -m benchmarks.paper.tasks selective_copying --layers 1 2 3 --seeds 0 1 2 3 4 [--only minGRU] [--steps 6000]
     python -m benchmarks.paper.tasks even_pairs --learning-rates 1e-3 3e-3 1e-2
 """
 
