@@ -123,11 +123,13 @@ class MinRNNConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, but the configuration of another architecture is refused, not just warned of."""
+        """As in transformers, but the configuration of another architecture is refused, not just warned of, and fields
+        given beside those of the file are checked like them."""
         saved = config_dict.get("model_type", cls.model_type)
         if saved != cls.model_type:
             raise ValueError(f"this is a checkpoint of model_type {saved!r}, not {cls.model_type!r}")
-        return super().from_dict(config_dict, **kwargs)
+        given = {name: kwargs.pop(name) for name in MinRNNConfig.__annotations__ if name in kwargs}
+        return super().from_dict(config_dict | given, **kwargs)
 
     def to_dict(self):
         """As in transformers."""

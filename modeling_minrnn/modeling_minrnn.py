@@ -228,7 +228,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MinRNNDecoderLayer}
 
     def __init__(self, config: MinRNNConfig, *args, **kwargs):
-        config.validate_architecture()  # from_pretrained sets fields of a configuration that exists already
+        config.validate_architecture()  # its fields may have been set since it was built
         super().__init__(config, *args, **kwargs)
 
     @classmethod

@@ -126,6 +126,24 @@ def test_a_saved_configuration_comes_back_the_same(tmp_path, fields):
 
 
 @pytest.mark.oldest
+@pytest.mark.parametrize("field, value", [("hidden_size", -1), ("conv_kernel_size", 2.5), ("cell_type", "gru")])
+def test_a_bad_value_given_beside_a_saved_configuration_is_refused_like_one_of_its_own(tmp_path, field, value):
+    MinRNNConfig().save_pretrained(tmp_path)
+    for config_class in (MinRNNConfig, AutoConfig):
+        with pytest.raises(ValueError) as caught:
+            config_class.from_pretrained(tmp_path, **{field: value})
+        assert str(caught.value) == error(**{field: value})
+
+
+@pytest.mark.oldest
+def test_a_value_given_beside_a_saved_configuration_wins_and_others_are_handed_back(tmp_path):
+    MinRNNConfig(hidden_size=24, expansion_factor=2).save_pretrained(tmp_path)
+    config, unused = AutoConfig.from_pretrained(tmp_path, hidden_size=48, other=1, return_unused_kwargs=True)
+    assert (config.hidden_size, config.expansion_factor, unused["other"]) == (48, 2, 1)
+    assert "hidden_size" not in unused
+
+
+@pytest.mark.oldest
 def test_the_mlp_is_four_times_as_wide_as_the_model_unless_it_is_given_or_zero():
     assert MinRNNConfig(hidden_size=24).intermediate_size == 96
     assert MinRNNConfig(hidden_size=24, intermediate_size=32).intermediate_size == 32
