@@ -1,6 +1,6 @@
 """Shakespeare, character by character (arXiv 2410.01201, section 4.3), on the first 1,003,854 characters.
 
-    python -m benchmarks.paper.shakespeare PATH_TO/input.txt paper|best|equal [--only minGRU] [--seeds 0]
+    python -m benchmarks.paper.shakespeare PATH_TO/input.txt paper|best|equal [--only minGRU] [--seeds 0] [--steps 600]
 
 paper  `train.py configs/shakespeare-char.yaml`, the paper's set-up, stopped after PATIENCE
        evaluations in a row without a new best. The paper has 1.548 for minGRU after 575 steps, 1.555 for minLSTM
@@ -39,7 +39,7 @@ RATES = {"minGRU": 4e-3, "minLSTM": 4e-3, "GPT-2": 2e-3, "Llama": 2e-3, "Mamba":
 SMALL = "configs/shakespeare-char-cpu.yaml"
 
 
-def run_of_train(report: Report, experiment: str, contender: str, text: Path, seed: int) -> None:
+def run_of_train(report: Report, experiment: str, contender: str, text: Path, seed: int, steps: int | None) -> None:
     overrides = [f"data.files=[{text}]", f"model.cell_type={contender.lower()}", f"train.seed={seed}"]
     if experiment == "paper":
         target, config = TARGETS[contender], "shakespeare-char.yaml"
@@ -50,6 +50,8 @@ def run_of_train(report: Report, experiment: str, contender: str, text: Path, se
         ]
     else:
         target, config = NANOGPT, "shakespeare-char-best.yaml"
+    if steps:
+        overrides.append(f"train.steps={steps}")
     run = run_train(config, *overrides)
     report.add(
         experiment=experiment,
@@ -140,7 +142,7 @@ def main() -> None:
     flags.add_argument("experiment", choices=["paper", "best", "equal"])
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--learning-rates", type=float, nargs="+", help="of `equal`: a sweep, in place of RATES")
-    flags.add_argument("--steps", type=int, help="of `equal`, in place of what the budgets give")
+    flags.add_argument("--steps", type=int, help="in place of the configuration's or the budget's")
     options = flags.parse_args()
     report, text = Report(options), options.text.resolve()
     if options.experiment == "equal":
@@ -149,7 +151,7 @@ def main() -> None:
         for contender in TARGETS:
             if report.wants(f"{options.experiment} {contender}"):
                 for seed in options.seeds:
-                    run_of_train(report, options.experiment, contender, text, seed)
+                    run_of_train(report, options.experiment, contender, text, seed, options.steps)
     report.print_table()
 
 
