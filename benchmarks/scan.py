@@ -1,20 +1,21 @@
 """How fast is the scan on one CPU thread, against the paper's listing and against a plain copy?
 
-Timed: `minrnn_scan` from gate pre-activations to states, in fp32, with the backends "log" (the paper's cumsum and
-logcumsumexp), "torch" and "numba"; forward without gradient, and forward + backward to the pre-activations. "copy"
-copies as many bytes within existing memory as the pass has to move at least. With N = B T D and G = 2 (minGRU) or
-3 (minLSTM) pre-activations a state, in elements of 4 bytes, that is
+Timed: `minrnn_scan` from gate pre-activations to states, in fp32 unless --dtype says more, with the backends "log"
+(the paper's cumsum and logcumsumexp), "torch" and "numba"; forward without gradient, and forward + backward to the
+pre-activations. "copy" copies as many bytes within existing memory as the pass has to move at least. With N = B T D
+and G = 2 (minGRU) or 3 (minLSTM) pre-activations a state, in elements of 4 bytes (of 2 in half precision), that is
     forward   reads projected (G N), writes states (N):                                                  (G + 1) N
     backward  reads projected (G N), states (N) and their gradient (N), writes projected's gradient (G N): (2 G + 2) N
 A copy reads and writes every byte, so it copies half of that sum.
 
 error: the largest relative L2 error of states, final state and gradient against the float64 loop. It is reported for
-"log", which loses precision with the length, and must be <= 3e-6 for the others before anything is timed.
+"log", which loses precision with the length, and must be <= 3e-6 for the others before anything is timed (in half
+precision 1.5e-3 for float16 and 6e-3 for bfloat16, the rounding of what goes in and out).
 saved: bytes that autograd keeps for the backward pass, per state element; projected and states alone are 4 (G + 1).
 
-Targets, forward + backward:  torch >= 6x the speed of log (4.5x at 1,262144,64), numba >= 25x (20x).
+Targets, forward + backward in fp32:  torch >= 6x the speed of log (4.5x at 1,262144,64), numba >= 25x (20x).
 
-    python benchmarks/scan.py [--only 16,256,384] [--rounds 11]
+    python benchmarks/scan.py [--only 16,256,384] [--rounds 11] [--dtype bfloat16]
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ SHAPES = [(16, 256, 384), (8, 1024, 512), (64, 512, 64), (1, 16384, 512), (1, 26
 BACKENDS = ["log", "torch", "numba"]
 LONGEST = (1, 262144, 64)
 SPEEDUPS = {"torch": (6, 4.5), "numba": (25, 20)}  # over "log": elsewhere, at LONGEST
-TOLERANCE = 3e-6
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 6e-3}
 
 
 def forward(projected: torch.Tensor, gradient: torch.Tensor, cell_type: str, backend: str) -> None:
@@ -64,32 +65,33 @@ def saved_bytes(projected: torch.Tensor, cell_type: str, backend: str) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def measure(report: Report, shape: tuple[int, int, int], cell_type: str) -> None:
+def measure(report: Report, shape: tuple[int, int, int], cell_type: str, dtype: torch.dtype) -> None:
     B, T, D = shape
     generator = torch.Generator().manual_seed(0)
-    projected = torch.randn(B, T, GATES[cell_type] * D, generator=generator).requires_grad_()
-    gradient = torch.randn(B, T, D, generator=generator)
+    projected = torch.randn(B, T, GATES[cell_type] * D, generator=generator).to(dtype).requires_grad_()
+    gradient = torch.randn(B, T, D, generator=generator).to(dtype)
 
     oracle = forward_backward(projected.detach().double().requires_grad_(), gradient.double(), cell_type, "loop")
     errors = {b: relative_error(forward_backward(projected, gradient, cell_type, b), oracle) for b in BACKENDS}
     for backend in SPEEDUPS:
-        verify(f"{backend} {cell_type} {shape}", errors[backend], TOLERANCE)
+        verify(f"{backend} {cell_type} {shape}", errors[backend], TOLERANCES[dtype])
     del oracle
 
     elements = gradient.numel()
     saved = {backend: saved_bytes(projected, cell_type, backend) / elements for backend in BACKENDS}
     tensors_moved = GATES[cell_type] + 1
     for name, run, bytes_moved in (
-        ("forward", forward, 4 * elements * tensors_moved),
-        ("forward+backward", forward_backward, 4 * elements * 3 * tensors_moved),
+        ("forward", forward, gradient.nbytes * tensors_moved),
+        ("forward+backward", forward_backward, gradient.nbytes * 3 * tensors_moved),
     ):
         contenders = {backend: timed(partial(run, projected, gradient, cell_type, backend)) for backend in BACKENDS}
         samples = interleave({"copy": timed(copy(bytes_moved)), **contenders}, report.options.rounds)
         for backend in BACKENDS:
-            has_target = backend in SPEEDUPS and run is forward_backward
+            has_target = backend in SPEEDUPS and run is forward_backward and dtype == torch.float32
             report.add(
                 shape=",".join(map(str, shape)),
                 cell=cell_type,
+                dtype=str(dtype).removeprefix("torch."),
                 timed=name,
                 backend=backend,
                 ms=1e3 * samples.seconds(backend),
@@ -103,11 +105,14 @@ def measure(report: Report, shape: tuple[int, int, int], cell_type: str) -> None
 
 
 def main() -> None:
-    report = Report(parser("scan", __doc__, rounds=11).parse_args())
+    flags = parser("scan", __doc__, rounds=11)
+    flags.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    options = flags.parse_args()
+    report = Report(options)
     for shape in SHAPES:
         for cell_type in GATES:
             if report.wants(f"{','.join(map(str, shape))} {cell_type}"):
-                measure(report, shape, cell_type)
+                measure(report, shape, cell_type, getattr(torch, options.dtype))
     report.print_table()
 
 
