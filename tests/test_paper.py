@@ -14,8 +14,8 @@ from benchmarks.paper import tasks
 from benchmarks.paper.models import Family, parameters
 from benchmarks.paper.render import PAGE, render
 from benchmarks.paper.shakespeare import held_out_loss
-from training.data import TokenStream
-from training.tasks import TASKS
+from training.data import IGNORED, TokenStream
+from training.tasks import TASKS, load_task
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +65,20 @@ def test_every_task_has_a_setting_to_train_it(tmp_path, monkeypatch, task):
     tasks.main()
     row = json.loads(output.read_text())
     assert row["task"] == task and 0 <= row["accuracy"] <= 1
+
+
+def test_accuracy_counts_the_tokens_of_the_answers_alone():
+    class Knowing(nn.Module):  # right but for the first letter of each answer; wrong wherever nothing is asked
+        def forward(self, tokens):
+            targets = known[tokens.numpy().tobytes()]
+            right = torch.where(targets == IGNORED, 0, targets)
+            asked = targets != IGNORED
+            first = asked & (asked.cumsum(1) == 1)
+            return nn.functional.one_hot(torch.where(first, right + 1, right) % 300, 300)
+
+    _, _, held_out = load_task(tasks.load_setting("selective_copying"), slice(None))
+    known = {inputs.numpy().tobytes(): targets for inputs, targets in held_out.batches(tasks.EVALUATION_TOKENS)}
+    assert tasks.accuracy(Knowing(), held_out) == 15 / 16
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
