@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.paper.shakespeare import BUDGETS
 from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
@@ -191,8 +192,11 @@ def shakespeare_equal() -> str:
     lines = []
     for (name,), own in grouped(shakespeare_equal_runs(), "contender").items():
         cells = []
-        for runs in grouped(own, "equal").values():
-            cells += [f"{runs[0]['steps']:,}", nats([row["held_out_loss"] for row in runs])]
+        for budget in BUDGETS:
+            runs = [row for row in own if row["equal"] == budget]
+            cells += (
+                [f"{runs[0]['steps']:,}", nats([row["held_out_loss"] for row in runs])] if runs else ["not run", ""]
+            )
         row = own[0]
         lines.append((name, f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{row['ms_a_step']:.0f}", *cells))
     columns = "parameters", "learning rate", "ms a step", "steps", "loss", "steps in equal time", "loss"

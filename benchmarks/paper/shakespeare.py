@@ -37,6 +37,7 @@ NANOGPT = 1.4697
 EVERY, PATIENCE = 100, 3
 # The best of 300 steps at 1, 2, 4 and 8e-3; a minRNN's is that of the configuration; Mamba's is not swept.
 RATES = {"minGRU": 4e-3, "minLSTM": 4e-3, "GPT-2": 4e-3, "Llama": 1e-3, "Mamba": 4e-3}
+BUDGETS = ["tokens", "time"]
 SMALL = "configs/shakespeare-char-cpu.yaml"
 
 
@@ -91,7 +92,8 @@ def parameter_groups_of(model: Logits, weight_decay: float) -> list[dict]:
     ]
 
 
-def equal(report: Report, text: Path, seeds: list[int], steps: int | None, rates: list[float] | None) -> None:
+def equal(report: Report, text: Path) -> None:
+    options = report.options
     config = load_config(SMALL, [f"data.files=[{text}]"])
     setting = config.train
     documents, held_out_documents = load_documents(config.data)
@@ -111,17 +113,15 @@ def equal(report: Report, text: Path, seeds: list[int], steps: int | None, rates
 
     names = [name for name in RATES if report.wants(f"equal {name}")]
     runs = {name: training(name, 0, 10**6, RATES[name])[1] for name in dict.fromkeys(["minGRU", *names])}
-    samples = interleave(
-        {name: timed(partial(next, progress)) for name, progress in runs.items()}, report.options.rounds
-    )
+    samples = interleave({name: timed(partial(next, progress)) for name, progress in runs.items()}, options.rounds)
     del runs
     for name in names:
         budgets = {"tokens": setting.steps, "time": round(setting.steps / samples.ratio(name, "minGRU"))}
-        for budget, own_steps in ({"": steps} if steps else budgets).items():
-            if (budget, name) == ("time", "minGRU"):
-                continue  # both at once
-            for rate in rates or [RATES[name]]:
-                for seed in seeds:
+        for budget, own_steps in ({"": options.steps} if options.steps else budgets).items():
+            if (budget, name) == ("time", "minGRU") or budget not in ("", *options.budgets):
+                continue  # minGRU's is both at once
+            for rate in options.learning_rates or [RATES[name]]:
+                for seed in options.seeds:
                     model, progress = training(name, seed, own_steps, rate)
                     deque(progress, maxlen=0)
                     report.add(
@@ -144,10 +144,11 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--learning-rates", type=float, nargs="+", help="of `equal`: a sweep, in place of RATES")
     flags.add_argument("--steps", type=int, help="in place of the configuration's or the budget's")
+    flags.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="of `equal`")
     options = flags.parse_args()
     report, text = Report(options), options.text.resolve()
     if options.experiment == "equal":
-        equal(report, text, options.seeds, options.steps, options.learning_rates)
+        equal(report, text)
     else:
         for contender in TARGETS:
             if report.wants(f"{options.experiment} {contender}"):
