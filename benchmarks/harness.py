@@ -233,11 +233,12 @@ def _environment() -> dict[str, object]:
     """What a reader needs to repeat the run."""
     spec = sys.modules["__main__"].__spec__  # of a module that was started by its name
     program = ["-m", spec.name] if spec else sys.argv[:1]
+    malloc = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         # The results that earlier runs appended do not make the code another one.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
-        "command": shlex.join(["python", *program, *sys.argv[1:]]),
+        "command": shlex.join([*malloc, "python", *program, *sys.argv[1:]]),  # glibc's settings change times
         "threads": THREADS,
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
