@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.paper.shakespeare import BUDGETS
+from benchmarks.paper.shakespeare import BUDGETS, RATES
 from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
@@ -110,8 +110,8 @@ def grouped(found: list[Row], *key: str) -> dict[tuple, list[Row]]:
 def selective_copying() -> str:
     found = [row for row in task_runs() if row["task"] == "selective_copying" and row["steps"] > WINDOW_STEPS]
     lines = []
-    for key, own in grouped(found, "contender", "layers", "learning_rate", "steps").items():
-        name, layers, rate, steps = key
+    found.sort(key=lambda row: (CONTENDERS.index(row["contender"]), row["layers"]))
+    for (name, layers, rate, steps), own in grouped(found, "contender", "layers", "learning_rate", "steps").items():
         reached = sorted(row["steps_to_99"] for row in own if row["steps_to_99"])
         lines.append(
             (
@@ -185,7 +185,8 @@ def shakespeare_equal_runs() -> list[Row]:
     """minGRU, whose tokens and time the others have, has one run for both."""
     found = rows("paper_shakespeare", "experiment", "contender", "equal", "seed")
     runs = [row for row in found if row["experiment"] == "equal" and row["equal"]]  # not of a sweep
-    return runs + [row | {"equal": "time"} for row in runs if row["contender"] == "minGRU"]
+    runs += [row | {"equal": "time"} for row in runs if row["contender"] == "minGRU"]
+    return sorted(runs, key=lambda row: list(RATES).index(row["contender"]))
 
 
 def shakespeare_equal() -> str:
