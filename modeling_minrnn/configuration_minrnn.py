@@ -57,7 +57,8 @@ class MinRNNConfig(PreTrainedConfig):
             generate.
         max_timescale: None, or chrono initialisation (Tallec & Ollivier 2018): a bias on the gates such that the
             memory of the channels, 1 / -log(a), is at first log-uniform in 1..max_timescale tokens.
-        initializer_range: standard deviation of the initial weights; projections into the residual stream start at
+        initializer_range: standard deviation of the initial weights; None for 1 / sqrt(H), by which a projection of a
+            normed vector starts at variance 1 whatever the width. Projections into the residual stream start at
             initializer_range / sqrt(2 num_hidden_layers).
         tie_word_embeddings: one matrix for the embedding and the language-model head.
         use_cache: return the recurrent state from forward passes; None for True, or False where bidirectional.
@@ -96,7 +97,7 @@ class MinRNNConfig(PreTrainedConfig):
     learned_initial_state: bool = False
     bidirectional: bool = False
     max_timescale: int | float | None = None
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     tie_word_embeddings: bool = True
     use_cache: bool | None = None
     scan_backend: str = "auto"
@@ -113,6 +114,8 @@ class MinRNNConfig(PreTrainedConfig):
                 raise ValueError(f"MinRNNConfig has no field {name!r}; did you mean {nearest[0]!r}?")
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.initializer_range is None:
+            self.initializer_range = max(self.hidden_size, 1) ** -0.5  # a width below 1 is refused, but later
         if self.use_cache is None:
             self.use_cache = not self.bidirectional
         if self.bidirectional:  # transformers warns of rules for modules that are not there

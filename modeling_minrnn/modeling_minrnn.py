@@ -245,6 +245,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         config = self.config
+        assert config.initializer_range is not None  # resolved by the configuration
         # GPT-2: what each layer adds to the residual stream is scaled by the depth.
         residual_std = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
         if isinstance(module, MinRNNCausalConv):

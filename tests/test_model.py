@@ -456,16 +456,21 @@ def test_autocast_trains_and_keeps_the_state_in_float32(cell_type, backend):
 # ---- Initial weights
 
 
-def test_what_layers_add_to_the_residual_stream_starts_scaled_by_the_depth():
-    model = MinRNNForCausalLM(MinRNNConfig(hidden_size=128, num_hidden_layers=8, initializer_range=0.05))
+@pytest.mark.parametrize("initializer_range, std", [(0.05, 0.05), (None, 1 / 128**0.5)])
+def test_weights_start_scaled_by_the_width_and_what_layers_add_to_the_residual_stream_by_the_depth(
+    initializer_range, std
+):
+    torch.manual_seed(0)
+    config = MinRNNConfig(hidden_size=128, num_hidden_layers=8, initializer_range=initializer_range)
+    model = MinRNNForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             assert (parameter == 1).all(), name
         elif "conv" in name:
             assert parameter.std().item() == pytest.approx(CONV_INITIALIZER_STD, rel=0.1), name
         else:
-            scale = 0.05 / 4 if name.endswith(("out_proj.weight", "down_proj.weight")) else 0.05
-            assert parameter.std().item() == pytest.approx(scale, rel=0.05), name
+            expected = std / 4 if name.endswith(("out_proj.weight", "down_proj.weight")) else std
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
 
 @both_cells

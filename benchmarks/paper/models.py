@@ -48,7 +48,8 @@ class Recurrent(nn.Module):
 class Family:
     """Models that differ in kind and width alone.
 
-    positions: the longest sequence. heads: of attention. minrnn: further arguments of MinRNNConfig.
+    positions: the longest sequence. heads: of attention. minrnn: further arguments of MinRNNConfig. transformer: of
+    GPT2Config and LlamaConfig.
     """
 
     vocabulary: int
@@ -58,6 +59,7 @@ class Family:
     tied: bool = True
     dropout: float = 0.0
     minrnn: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(default_factory=dict)
 
     def build(self, name: str, width: int) -> nn.Module:
         shared = {"vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, **NO_TOKENS}
@@ -72,13 +74,14 @@ class Family:
         if name == "Llama":
             config = LlamaConfig(
                 **shared, **depth, intermediate_size=3 * width, num_attention_heads=self.heads,
-                max_position_embeddings=self.positions,
+                max_position_embeddings=self.positions, **self.transformer,
             )  # fmt: skip
             return Logits(LlamaForCausalLM._from_config(config, attn_implementation="sdpa"))
         if name == "GPT-2":
             config = GPT2Config(
                 **shared, n_embd=width, n_layer=self.layers, n_head=self.heads, n_positions=self.positions,
                 embd_pdrop=self.dropout, attn_pdrop=self.dropout, resid_pdrop=self.dropout,
+                **self.transformer,
             )  # fmt: skip
             return Logits(GPT2LMHeadModel._from_config(config, attn_implementation="sdpa"))
         raise ValueError(f"unknown contender {name!r}")

@@ -88,8 +88,8 @@ class DecisionModel(nn.Module):
 
 def build(name: str, observation_size: int, action_size: int, discrete: bool) -> DecisionModel:
     """With the trunk of this name, as large as that of minGRU at WIDTH."""
-    # A vocabulary of one: tokens are given as vectors.
-    family = Family(1, LAYERS, positions=3 * CONTEXT, minrnn={"max_timescale": 3 * CONTEXT})
+    # A vocabulary of one: tokens are given as vectors. All trunks start from weights of 0.02, as GPT-2 does by itself.
+    family = Family(1, LAYERS, positions=3 * CONTEXT, minrnn={"max_timescale": 3 * CONTEXT, "initializer_range": 0.02})
     trunk = family.of_equal_size(name, WIDTH).model.base_model
     return DecisionModel(trunk, observation_size, action_size, discrete)
 

@@ -337,7 +337,7 @@ def plot_ablations(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-SWEPT = ("preset", "cell_type", "steps", "max_timescale", "initializer_range")
+SWEPT = ("preset", "cell_type", "steps", "batch_size", "warmup_steps", "max_timescale", "initializer_range")
 
 
 def sweep_runs() -> dict[tuple, dict[float, list[Row]]]:
@@ -357,22 +357,24 @@ def presets() -> str:
             preset,
             {"mingru": "minGRU", "minlstm": "minLSTM"}[cell],
             steps,
+            batch,
+            warmup,
             timescale or "",
-            initializer_range,
+            f"{initializer_range:.3g}",
             *(nats([row["held_out_loss"] for row in own[rate]]) if rate in own else "" for rate in rates),
         )
-        for (preset, cell, steps, timescale, initializer_range), own in found.items()
+        for (preset, cell, steps, batch, warmup, timescale, initializer_range), own in found.items()
     ]
-    columns = "cell", "steps", "max_timescale", "initializer_range", *(f"{rate:g}" for rate in rates)
-    return table(["", *columns], lines)
+    columns = "cell", "steps", "batch", "warm-up", "max_timescale", "initializer_range"
+    return table(["", *columns, *(f"{rate:g}" for rate in rates)], lines)
 
 
 def plot_presets(path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot(xlabel="learning rate", ylabel="held-out loss, nats a byte", xscale="log")
-    for (preset, cell, steps, *_), own in sweep_runs().items():
+    for (preset, cell, steps, *_, initializer_range), own in sweep_runs().items():
         if len(own) > 1:
-            plot_means(axes, own, "held_out_loss", f"{preset}, {cell}, {steps} steps")
+            plot_means(axes, own, "held_out_loss", f"{preset}, {cell}, {steps} steps, from {initializer_range:.3g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)

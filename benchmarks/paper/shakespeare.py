@@ -99,7 +99,9 @@ def equal(report: Report, text: Path) -> None:
     documents, held_out_documents = load_documents(config.data)
     tokenizer = load_tokenizer(config.data.tokenizer, (document["text"] for document in documents))
     stream, held_out = token_stream(documents, tokenizer), token_stream(held_out_documents, tokenizer)
-    family = Family(len(tokenizer), config.model["num_hidden_layers"], setting.sequence_length, heads=4)
+    initialisation = {} if options.initializer_range is None else {"initializer_range": options.initializer_range}
+    family = Family(len(tokenizer), config.model["num_hidden_layers"], setting.sequence_length, heads=4,
+                    transformer=initialisation)  # fmt: skip
 
     def training(name: str, seed: int, steps: int, rate: float) -> tuple[Logits, Iterator[int]]:
         torch.manual_seed(seed)
@@ -131,6 +133,7 @@ def equal(report: Report, text: Path) -> None:
                         seed=seed,
                         parameters=parameters(model),
                         learning_rate=rate,
+                        initializer_range=options.initializer_range,
                         ms_a_step=1e3 * samples.seconds(name),
                         steps=own_steps,
                         held_out_loss=held_out_loss(model, held_out, setting.sequence_length),
@@ -143,6 +146,7 @@ def main() -> None:
     flags.add_argument("experiment", choices=["paper", "best", "equal"])
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--learning-rates", type=float, nargs="+", help="of `equal`: a sweep, in place of RATES")
+    flags.add_argument("--initializer-range", type=float, help="of `equal`: GPT-2's and Llama's, for their own")
     flags.add_argument("--steps", type=int, help="in place of the configuration's or the budget's")
     flags.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="of `equal`")
     options = flags.parse_args()
