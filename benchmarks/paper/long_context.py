@@ -15,20 +15,19 @@ passkey  a 5-digit key anywhere in a text of random letters, asked for at its en
 recall   PAIRS pairs of a letter and a digit, then each letter once more: its digit is to follow (associative recall).
          accuracy: digits, by the number of pairs, of which training has seen up to TRAINED_PAIRS.
 
-A row is a contender at one length; the picture shows all rows of the file. One seed each unless --seeds says more.
+A row is a contender at one length. Runs of other than STEPS are those of a sweep.
 
-    python -m benchmarks.paper.long_context [text passkey recall] [--only minGRU] [--steps 600] [--seeds 0]
+    python -m benchmarks.paper.long_context [text passkey recall] [--only minGRU] [--seeds 0 1 2]
+    python -m benchmarks.paper.long_context text --steps 200 --learning-rates 2e-3 4e-3
 """
 
-import json
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from pathlib import Path
-from statistics import mean
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -45,7 +44,8 @@ LENGTHS = [TRAINED_LENGTH * 2**n for n in range(7)]  # to 64 times
 TRAINED_PAIRS, PAIRS = 8, [4, 8, 12, 16, 24]
 BATCH, WIDTH, LAYERS = 32, 64, 2
 LEARNING_RATES = {"minGRU": 5e-3, "minLSTM": 5e-3, "Mamba": 3e-3, "GPT-2": 1e-3}
-EVALUATED = 16  # sequences of each length
+STEPS = {"text": 400, "passkey": 1000, "recall": 1000}
+EVALUATED, ASKED = 16, 64  # texts read for the loss at each length, and questions asked
 VOCABULARY = 258
 LETTERS, DIGITS, QUESTION = range(ord("a"), ord("z") + 1), range(ord("0"), ord("9") + 1), ord("?")
 
@@ -57,7 +57,7 @@ def contenders(experiment: str) -> dict[str, Callable[[], nn.Module]]:
         return family.of_equal_size(name, WIDTH)
 
     models = {name: partial(build, name) for name in LEARNING_RATES}
-    if experiment == "passkey":
+    if experiment != "text":
         models |= {f"minGRU, state x{factor}": partial(build, "minGRU", factor) for factor in (2, 4)}
     return models
 
@@ -143,9 +143,8 @@ def measure(experiment: str, model: nn.Module, seed: int) -> Iterator[dict[str, 
         windows = torch.stack([stream.read(start, start + LENGTHS[-1] + 1) for start in starts])
         losses = torch.stack([cross_entropy(model(w[None, :-1])[0], w[1:], reduction="none") for w in windows]).mean(0)
         half = TRAINED_LENGTH // 2
-        parts = windows.unfold(
-            1, TRAINED_LENGTH + 1, half
-        )  # the second half of each: all positions but the first half
+        # Of each part the second half: together, all positions but those of the first half.
+        parts = windows.unfold(1, TRAINED_LENGTH + 1, half)
         in_parts = [cross_entropy(model(p[:, :-1])[:, half:].mT, p[:, half + 1 :], reduction="none") for p in parts]
         losses_in_parts = torch.stack(in_parts).mean(0).flatten()
         for length in LENGTHS:
@@ -160,8 +159,8 @@ def measure(experiment: str, model: nn.Module, seed: int) -> Iterator[dict[str, 
         return
     for length in LENGTHS if experiment == "passkey" else PAIRS:
         correct = []
-        for _ in range(EVALUATED // 4):
-            tokens, targets = (passkeys if experiment == "passkey" else pairs)(length, 4, generator)
+        for _ in range(ASKED // 8):
+            tokens, targets = (passkeys if experiment == "passkey" else pairs)(length, 8, generator)
             asked = targets != IGNORED
             right = (model(tokens).argmax(-1) == targets) | ~asked
             correct.append(right.all(1) if experiment == "passkey" else right[asked])
@@ -169,72 +168,37 @@ def measure(experiment: str, model: nn.Module, seed: int) -> Iterator[dict[str, 
         yield {key: length, "accuracy": torch.cat(correct).float().mean().item()}
 
 
-def means(rows: list[dict], axis: str, ats: list[int], value: str) -> list[float]:
-    return [mean(row[value] for row in rows if row[axis] == at) for at in ats]
-
-
-def plot(rows: Path, picture: Path) -> None:
-    """The means over the seeds of the latest rows of each contender; dotted: loss_in_parts."""
-    latest = {}
-    for row in map(json.loads, rows.read_text().splitlines()):
-        at = row.get("length", row.get("pairs"))
-        latest[row["experiment"], row["contender"], at, row["seed"]] = row
-    panels = (("text", "loss", "length"), ("text", "state_rms", "length"), ("passkey", "accuracy", "length"),
-              ("recall", "accuracy", "pairs"))  # fmt: skip
-    figure = Figure(figsize=(16, 4), layout="constrained")
-    for place, (experiment, value, axis) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place, xlabel=axis, ylabel=value, title=experiment)
-        for contender in contenders(experiment):
-            own = [row for row in latest.values() if (row["experiment"], row["contender"]) == (experiment, contender)]
-            ats = sorted({row[axis] for row in own if value in row})
-            if ats:
-                (line,) = axes.plot(ats, means(own, axis, ats, value), "o-", label=contender, markersize=3)
-                if value == "loss":
-                    axes.plot(ats, means(own, axis, ats, "loss_in_parts"), ":", color=line.get_color())
-        if axis == "length":
-            axes.set_xscale("log", base=2)
-            axes.axvline(TRAINED_LENGTH, color="gray", linestyle=":")
-        else:
-            axes.axvline(TRAINED_PAIRS, color="gray", linestyle=":")
-        if value != "accuracy":
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
-    figure.savefig(picture, dpi=120)
-
-
 def main() -> None:
     flags = parser("paper_long_context", __doc__, rounds=1)
-    flags.add_argument("experiments", nargs="*", default=["text", "passkey", "recall"])
-    flags.add_argument("--steps", type=int, default=600)
+    flags.add_argument("experiments", nargs="*", default=list(STEPS))
+    flags.add_argument("--steps", type=int)
+    flags.add_argument("--learning-rates", type=float, nargs="+")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = flags.parse_args()
     report = Report(options)
     for experiment in options.experiments:
+        steps = options.steps or STEPS[experiment]
         for name, build in contenders(experiment).items():
-            for seed in options.seeds:
-                if not report.wants(f"{experiment} {name}"):
-                    continue
+            if not report.wants(f"{experiment} {name}"):
+                continue
+            rates = options.learning_rates or [LEARNING_RATES[name.split(",")[0]]]
+            for rate, seed in itertools.product(rates, options.seeds):
                 torch.manual_seed(seed)
                 model = build()
                 start = time.perf_counter()
-                rate = LEARNING_RATES[name.split(",")[0]]
-                for _ in train(model, training_batches(experiment, seed), options.steps, rate):
-                    pass
+                deque(train(model, training_batches(experiment, seed), steps, rate), maxlen=0)
                 run = {
                     "experiment": experiment,
                     "contender": name,
                     "seed": seed,
                     "parameters": parameters(model),
-                    "steps": options.steps,
+                    "steps": steps,
                     "learning_rate": rate,
                     "training_seconds": time.perf_counter() - start,
                 }
                 for row in measure(experiment, model, seed):
                     report.add(**run, **row)
     report.print_table()
-    plot(options.output, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Refresh the tables and plots of docs/results.md from the rows in benchmarks/results:
+"""Refresh tables and plots of docs/results.md and docs/long-context.md from the rows in benchmarks/results:
 
     python -m benchmarks.paper.render
 
@@ -9,18 +9,21 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from torch import nn
 
+from benchmarks.paper import long_context
 from benchmarks.paper.shakespeare import BUDGETS, RATES
 from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
 
 ROOT = Path(__file__).parent.parent.parent
-PAGE = ROOT / "docs" / "results.md"
+DOCS = ROOT / "docs"
 WINDOW_STEPS = 1500  # of the sweep over learning rates
 TO_REACH = {("minGRU", 3): "99.5", ("minLSTM", 3): "96"}  # the paper's results on its longer questions
 Row = dict[str, object]
@@ -161,13 +164,14 @@ def plot_selective_copying(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_means(axes: Axes, runs: dict[float, list[Row]], value: str, label: str) -> None:
+def plot_means(
+    axes: Axes, runs: dict[float, list[Row]], value: str, label: str | None, **style: Any
+) -> ErrorbarContainer:
     """Means with standard deviations, in the order of what they are plotted over."""
     ordered = sorted((at, [row[value] for row in own]) for at, own in runs.items())
     spreads = [stdev(values) if len(values) > 1 else 0 for _, values in ordered]
-    axes.errorbar(
-        [at for at, _ in ordered], [mean(v) for _, v in ordered], spreads, marker=".", capsize=2, label=label
-    )
+    means = [mean(values) for _, values in ordered]
+    return axes.errorbar([at for at, _ in ordered], means, spreads, marker=".", capsize=2, label=label, **style)
 
 
 def shakespeare() -> str:
@@ -380,18 +384,84 @@ def plot_presets(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "parameters": parameters,
-    "speed": speed,
-    "selective copying": selective_copying,
-    "learning rates": learning_rates,
-    "shakespeare": shakespeare,
-    "shakespeare equal": shakespeare_equal,
-    "chomsky": chomsky,
-    "offline rl": offline_rl,
-    "decision step": decision_step,
-    "ablations": ablations,
-    "presets": presets,
+def long_context_runs(experiment: str, *key: str) -> dict[tuple, list[Row]]:
+    """Of the runs that are no sweep."""
+    steps = long_context.STEPS[experiment]
+    found = rows("paper_long_context", "experiment", "contender", "length", "pairs", "seed", "steps")
+    return grouped([row for row in found if (row["experiment"], row["steps"]) == (experiment, steps)], *key)
+
+
+def long_context_text() -> str:
+    shown = {
+        "loss": ("{name}", ".3f"),
+        "loss_in_parts": ("the same, in parts of 64", ".3f"),
+        "state_rms": ("root mean square of its states", ".2f"),
+        "largest_state": ("its largest state", ".1f"),
+    }
+    lines = []
+    for (name,), own in long_context_runs("text", "contender").items():
+        for value, (label, digits) in shown.items():
+            if value in own[0]:
+                means = [mean(row[value] for row in own if row["length"] == length) for length in long_context.LENGTHS]
+                lines.append((label.format(name=name), *(f"{figure:{digits}}" for figure in means)))
+    return table(["bytes read", *long_context.LENGTHS], lines)
+
+
+def answers(experiment: str, axis: str, ats: list[int]) -> str:
+    lines = [
+        (
+            name,
+            len({row["seed"] for row in own}),
+            *(spread([row["accuracy"] for row in own if row[axis] == at]) for at in ats),
+        )
+        for (name,), own in long_context_runs(experiment, "contender").items()
+    ]
+    return table([axis, "seeds", *ats], lines)
+
+
+def plot_long_context(path: Path) -> None:
+    """Means over the seeds; dotted: loss_in_parts."""
+    panels = (("text", "loss", "length"), ("text", "state_rms", "length"), ("passkey", "accuracy", "length"),
+              ("recall", "accuracy", "pairs"))  # fmt: skip
+    figure = Figure(figsize=(16, 4), layout="constrained")
+    for place, (experiment, value, axis) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place, xlabel=axis, ylabel=value, title=experiment)
+        for (name,), own in long_context_runs(experiment, "contender").items():
+            if value in own[0]:
+                runs = {at: at_one for (at,), at_one in grouped(own, axis).items()}
+                line = plot_means(axes, runs, value, name)
+                if value == "loss":
+                    plot_means(axes, runs, "loss_in_parts", None, linestyle=":", color=line[0].get_color())
+        trained = long_context.TRAINED_LENGTH if axis == "length" else long_context.TRAINED_PAIRS
+        axes.axvline(trained, color="gray", linestyle=":")
+        if axis == "length":
+            axes.set_xscale("log", base=2)
+        if value == "state_rms":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "results.md": {
+        "parameters": parameters,
+        "speed": speed,
+        "selective copying": selective_copying,
+        "learning rates": learning_rates,
+        "shakespeare": shakespeare,
+        "shakespeare equal": shakespeare_equal,
+        "chomsky": chomsky,
+        "offline rl": offline_rl,
+        "decision step": decision_step,
+        "ablations": ablations,
+        "presets": presets,
+    },
+    "long-context.md": {
+        "text": long_context_text,
+        "passkey": lambda: answers("passkey", "length", long_context.LENGTHS),
+        "recall": lambda: answers("recall", "pairs", long_context.PAIRS),
+    },
 }
 PLOTS: dict[str, Callable[[Path], None]] = {
     "paper_speed.png": plot_speed,
@@ -401,11 +471,12 @@ PLOTS: dict[str, Callable[[Path], None]] = {
     "paper_offline_rl.png": plot_offline_rl,
     "paper_ablations.png": plot_ablations,
     "paper_presets.png": plot_presets,
+    "paper_long_context.png": plot_long_context,
 }
 
 
-def render(page: str) -> str:
-    for name, make in TABLES.items():
+def render(page: str, tables: dict[str, Callable[[], str]]) -> str:
+    for name, make in tables.items():
         before, begin, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         assert begin and end, name
@@ -414,6 +485,7 @@ def render(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text()))
+    for page, tables in TABLES.items():
+        (DOCS / page).write_text(render((DOCS / page).read_text(), tables))
     for name, plot in PLOTS.items():
-        plot(ROOT / "docs" / "plots" / name)
+        plot(DOCS / "plots" / name)
