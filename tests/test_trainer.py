@@ -63,7 +63,7 @@ def test_trainer_finetunes_a_saved_model(folder, trainer, tmp_path, collator):
     before = run.evaluate()["eval_loss"]
     run.train()
     after = run.evaluate()["eval_loss"]
-    assert before == pytest.approx(torch.tensor(258.0).log().item(), abs=0.2)
+    assert before == pytest.approx(torch.tensor(258.0).log().item() + 0.5, abs=0.3)  # logits of variance 1
     assert after < 2.6  # the frequencies of single characters give 2.9
     run.save_model(tmp_path / "tuned")
     tuned = trainer(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"), tokens(), collator)
