@@ -346,7 +346,9 @@ SWEPT = ("preset", "cell_type", "steps", "batch_size", "warmup_steps", "max_time
 
 def sweep_runs() -> dict[tuple, dict[float, list[Row]]]:
     """Runs by learning rate, of each preset with each of the other settings."""
-    found = grouped(rows("paper_sweep", *SWEPT, "learning_rate", "seed"), *SWEPT)
+    runs = rows("paper_sweep", *SWEPT, "learning_rate", "seed")
+    runs.sort(key=lambda row: (int(row["preset"][:-1]), *(row[name] or 0 for name in SWEPT[1:])))
+    found = grouped(runs, *SWEPT)
     return {
         settings: {rate: runs for (rate,), runs in grouped(own, "learning_rate").items()}
         for settings, own in found.items()
@@ -376,19 +378,21 @@ def presets() -> str:
 def plot_presets(path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot(xlabel="learning rate", ylabel="held-out loss, nats a byte", xscale="log")
-    for (preset, cell, steps, *_, initializer_range), own in sweep_runs().items():
-        if len(own) > 1:
-            plot_means(axes, own, "held_out_loss", f"{preset}, {cell}, {steps} steps, from {initializer_range:.3g}")
+    for (preset, cell, steps, batch, *_, initializer_range), own in sweep_runs().items():
+        if len(own) > 2:
+            label = f"{preset}, {cell}, {steps} steps of {batch}, from {initializer_range:.3g}"
+            plot_means(axes, own, "held_out_loss", label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
 def long_context_runs(experiment: str, *key: str) -> dict[tuple, list[Row]]:
-    """Of the runs that are no sweep."""
-    steps = long_context.STEPS[experiment]
+    """Of the runs that are no sweep, in the order of the contenders."""
+    steps, order = long_context.STEPS[experiment], list(long_context.contenders(experiment))
     found = rows("paper_long_context", "experiment", "contender", "length", "pairs", "seed", "steps")
-    return grouped([row for row in found if (row["experiment"], row["steps"]) == (experiment, steps)], *key)
+    own = [row for row in found if (row["experiment"], row["steps"]) == (experiment, steps)]
+    return grouped(sorted(own, key=lambda row: order.index(row["contender"])), *key)
 
 
 def long_context_text() -> str:
