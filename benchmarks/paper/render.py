@@ -347,7 +347,8 @@ SWEPT = ("preset", "cell_type", "steps", "batch_size", "warmup_steps", "max_time
 def sweep_runs() -> dict[tuple, dict[float, list[Row]]]:
     """Runs by learning rate, of each preset with each of the other settings."""
     runs = rows("paper_sweep", *SWEPT, "learning_rate", "seed")
-    runs.sort(key=lambda row: (int(row["preset"][:-1]), *(row[name] or 0 for name in SWEPT[1:])))
+    millions = {name: float(name.replace("m", "").replace("b", "e3")) for name in {row["preset"] for row in runs}}
+    runs.sort(key=lambda row: (millions[row["preset"]], *(row[name] or 0 for name in SWEPT[1:])))
     found = grouped(runs, *SWEPT)
     return {
         settings: {rate: runs for (rate,), runs in grouped(own, "learning_rate").items()}
