@@ -111,9 +111,12 @@ def nothing(*arguments, **keywords):
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_piece_that_is_not_restored_shows(run, kept, monkeypatch, owner, name):
-    settings = SETTINGS | {"train.learning_rate": 1.0, "train.warmup_steps": 1}  # the first evaluation is the best
+    too_high = {"train.learning_rate": 3.0, "train.min_learning_rate_ratio": 1.0, "train.warmup_steps": 1}
+    settings = SETTINGS | too_high
     folder = run(**settings)
     expected = outcome(folder)
+    evaluations = losses(folder, "held_out_loss")
+    assert min(evaluations) == evaluations[0]  # a best that only a run from the start has seen
     stop_at(folder, 3)
     if name == "Progress":  # all but the step, which is how far the loop goes
         monkeypatch.setattr(owner, name, lambda step, **rest: Progress(step))
