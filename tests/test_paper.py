@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.models.mamba import modeling_mamba
 
-from benchmarks.paper import tasks
+from benchmarks.paper import mamba_scan, tasks
 from benchmarks.paper.long_context import PAIRS
 from benchmarks.paper.models import Family, parameters
 from benchmarks.paper.render import DOCS, TABLES, render
@@ -42,6 +43,30 @@ def test_contenders_are_of_equal_size_and_causal(name):
     assert before.shape == (2, 12, 19)
     torch.testing.assert_close(before[:, :7], after[:, :7])
     assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+@pytest.mark.parametrize("T", [1, 2, 37, 300])
+@torch.no_grad()
+def test_the_fused_scan_of_mamba_is_that_of_transformers(T):
+    torch.manual_seed(T)
+    B, D, N = 3, 5, mamba_scan.N
+    inputs = {
+        "hidden_states": torch.randn(B, D, T), "dt": 3 * torch.randn(B, D, T) - 2, "A": -4 * torch.rand(D, N),
+        "B": torch.randn(B, N, T), "C": torch.randn(B, N, T), "D": torch.randn(D), "z": torch.randn(B, D, T),
+        "delta_bias": torch.randn(D),
+    }  # fmt: skip
+    seen_from_above = torch.randn(B, D, T)
+
+    def results(scan, dtype):
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        with torch.enable_grad():
+            y = scan(**leaves, delta_softplus=True)
+            y.backward(seen_from_above.to(dtype))
+        return {"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+    expected = results(modeling_mamba.mamba_selective_scan, torch.float64)
+    for name, result in results(mamba_scan.selective_scan, torch.float32).items():
+        assert (result - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
 
 
 def run(tmp_path, module, *flags):

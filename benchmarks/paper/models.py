@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from benchmarks.paper.mamba_scan import fused_scan
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -29,6 +30,12 @@ class Logits(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, use_cache=False).logits
+
+
+class FusedMamba(Logits):
+    def forward(self, tokens: Tensor) -> Tensor:
+        with fused_scan():
+            return super().forward(tokens)
 
 
 class Recurrent(nn.Module):
@@ -69,8 +76,8 @@ class Family:
             return Logits(MinRNNForCausalLM(config))
         if name in ("nn.GRU", "nn.LSTM"):
             return Recurrent(getattr(nn, name.removeprefix("nn.")), self.vocabulary, width, self.layers)
-        if name == "Mamba":  # its parallel scan is used where mambapy is installed
-            return Logits(MambaForCausalLM(MambaConfig(**shared, **depth, use_mambapy=True)))
+        if name == "Mamba":
+            return FusedMamba(MambaForCausalLM(MambaConfig(**shared, **depth)))
         if name == "Llama":
             config = LlamaConfig(
                 **shared, **depth, intermediate_size=3 * width, num_attention_heads=self.heads,

@@ -1,7 +1,7 @@
 """Selective copying and the Chomsky hierarchy (arXiv 2410.01201, tables 1, 2 and 6), scaled down to one CPU thread.
 
 The tasks of training/tasks.py in the settings of configs/paper/, which train.py runs too, for models of equal size
-(benchmarks/paper/models.py): minGRU, minLSTM, nn.GRU, nn.LSTM, Mamba (mambapy's scan) and Llama, trained as
+(benchmarks/paper/models.py): minGRU, minLSTM, nn.GRU, nn.LSTM, Mamba and Llama, trained as
 benchmarks/paper/training.py does. A row is one training run:
 
 accuracy: tokens of held-out answers predicted, on average over the held-out lengths, at the last step.
