@@ -28,6 +28,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM, sequence_chunked_backward
+from training.allocator import keep_freed_memory
 from training.checkpoint import (
     TrainingState,
     check_output_dir,
@@ -70,6 +71,7 @@ EXIT_RESUME = 75  # by SIGTERM; EX_TEMPFAIL of sysexits.h: the same command with
 
 def main(path: str, overrides: list[str]) -> int:
     disable_progress_bar()  # of transformers: saving a model is no progress
+    keep_freed_memory()
 
     # ---- Config
     config = load_config(path, overrides)

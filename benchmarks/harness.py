@@ -28,12 +28,17 @@ from statistics import median
 THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "1"))
 os.environ["NUMBA_NUM_THREADS"] = str(THREADS)
 
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # for training/, where a benchmark is started as a file
+
 import torch  # noqa: E402
 
+from training.allocator import keep_freed_memory  # noqa: E402
+
 torch.set_num_threads(THREADS)
+keep_freed_memory()  # for all contenders, as train.py does
 
 PACKAGES = ("torch", "transformers", "numba", "triton")
-HERE = Path(__file__).resolve().parent
 
 
 class Samples(dict[Hashable, list[float]]):
