@@ -17,6 +17,9 @@ import torch
 try:
     import numba
     import numpy as np
+    from llvmlite import ir
+    from numba.core.cgutils import get_or_insert_function
+    from numba.extending import intrinsic
     from numba.types import int64, void, voidptr
 except ImportError as error:
     raise ImportError('the "numba" backend needs numba: pip install numba') from error
@@ -48,6 +51,28 @@ ANY_LENGTH = 1 << 60
 def floats(address):
     """The float32 array at an address; its length is not known, and not needed for what is sliced from it."""
     return numba.carray(address, ANY_LENGTH, np.float32)
+
+
+@intrinsic
+def prefetch_line(typing_context, address):
+    """Fetch the cache line at an address, which need not be a valid one, while other work goes on."""
+
+    def generate(context, builder, signature, arguments):
+        number = ir.IntType(32)
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+        function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, number(0), number(3), number(1)])  # to read, keep in all caches, data
+        return context.get_dummy_value()
+
+    return void(address), generate
+
+
+@numba.njit(inline="always")
+def prefetch(address, start, width):
+    """The lines of array[start : start + width], float32, of the array at an address."""
+    for offset in range(0, 4 * width, 64):
+        prefetch_line(address + 4 * start + offset)
 
 
 @numba.njit(inline="always")
@@ -121,6 +146,8 @@ def candidate_and_slope(x):
     return x + np.float32(0.5) if nonnegative else sigmoid, one if nonnegative else sigmoid * share
 
 
+PREFETCHED_AHEAD = 2**14  # bytes of `projected`
+
 INPUTS = (
     int64, voidptr, int64, int64,  # is_minlstm, projected, stride_b, stride_t
     int64, int64, voidptr, voidptr,  # T, D, initial_state, reset_state
@@ -188,6 +215,10 @@ def backward_kernel(
     padding_mask = numba.carray(padding_mask, paddings, np.uint8)
     gates = 3 if is_minlstm else 2
     width = d_stop - d_start
+    # Processors foresee the next line, not the row before this one: fetched ahead, short rows take half the time.
+    ahead = max(1, PREFETCHED_AHEAD // (4 * gates * D))
+    projected_at, states_at = projected.ctypes.data, states.ctypes.data
+    d_states_at, d_projected_at = d_states.ctypes.data, d_projected.ctypes.data
     carry = np.empty(width, np.float64)  # gradient of the state that the token on the right received
     for b in range(b_start, b_stop):
         for d in range(width):
@@ -201,6 +232,11 @@ def backward_kernel(
             d_first = d_projected[out : out + width]
             d_second = d_projected[out + D : out + D + width]
             d_third = d_projected[out + (gates - 1) * D : out + (gates - 1) * D + width]
+            for gate in range(gates):
+                prefetch(projected_at, b * stride_b + (t - ahead) * stride_t + gate * D + d_start, width)
+                prefetch(d_projected_at, out + (gate - ahead * gates) * D, width)
+            prefetch(states_at, (row - 1 - ahead) * D + d_start, width)
+            prefetch(d_states_at, upstream_start - ahead * d_stride_t, width)
             if paddings and padding_mask[row]:
                 for d in range(width):
                     carry[d] += upstream[d]
