@@ -142,7 +142,8 @@ def _gates(projected: Tensor, cell_type: str) -> tuple[Tensor, Tensor, Tensor]:
         # underflow to 0 / 0.
         shift = (-30 - torch.maximum(*gates)).clamp(min=0)
         f, i = (torch.sigmoid(gate + shift) for gate in gates)
-        a, z = f / (f + i), i / (f + i)
+        total = f + i
+        a, z = f / total, i / total
     positive = x.clamp(min=0)  # its derivative at 0 is 1, and so is that of the sum
     return a, z, torch.sigmoid(x - positive) + positive
 
@@ -179,7 +180,7 @@ def _log_space(projected, cell_type, initial_state) -> tuple[Tensor, Tensor]:
 
 # "torch": blocks of time that stay in cache; in a block the gates are pointwise and the recurrence is a short loop.
 
-BLOCK_ELEMENTS = {"cpu": 65536}  # of state in a block: 512 KiB in float64, within a core's L2
+BLOCK_ELEMENTS = {"cpu": 32768}  # of state in a block: 256 KiB in float64; several of them stay in a core's L2
 BLOCK_ELEMENTS_ACCELERATOR = 1 << 22  # enough for a launch to be worth its latency
 
 
@@ -284,10 +285,11 @@ def torch_backward(
             flow.masked_fill_(reset, 0)
 
         upstream = _time_major(d_states, start, stop, dtype)
-        e = flow * upstream
-        from_right = carry
-        carry = _linear_scan_(flow, e, carry, reverse=True)
-        d_state = upstream + torch.cat([e[1:], from_right[None]])
+        e = torch.empty(len(flow) + 1, B, D, dtype=dtype, device=flow.device)  # the last from the block on the right
+        torch.mul(flow, upstream, out=e[:-1])
+        e[-1] = carry
+        carry = _linear_scan_(flow, e[:-1], carry, reverse=True)
+        d_state = upstream + e[1:]
 
         before = initial_state.to(states.dtype) if start == 0 else states[:, start - 1]
         previous = torch.cat([before[:, None], states[:, start : stop - 1]], 1).transpose(0, 1)
@@ -304,8 +306,8 @@ def torch_backward(
         else:  # log_odds = log i - log f
             d_gates[0].copy_(torch.sigmoid(-gates[0]).mul_(d_log_odds).neg_())
             d_gates[1].copy_(torch.sigmoid(-gates[1]).mul_(d_log_odds))
-        # g' is 1 where x >= 0, and s * (1 - s) below, s = sigmoid(x). At min(x, 0) the latter is 1/4 where x >= 0.
-        s = torch.sigmoid(x.clamp(max=0))
+        # g' is 1 where x >= 0, and s * (1 - s) below, s = sigmoid(x) = c. Of min(c, 1/2) that is 1/4 where x >= 0.
+        s = c.clamp(max=0.5)
         slope = s.sub_(s * s).add_(torch.ge(x, 0, out=torch.empty_like(s)), alpha=0.75)
         d_x.copy_(d_c.mul_(slope))
     return d_projected, carry.to(initial_state.dtype), d_reset_state.to(reset_state.dtype)
