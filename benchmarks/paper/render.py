@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.paper import long_context
-from benchmarks.paper.shakespeare import BUDGETS, RATES
+from benchmarks.paper.shakespeare import BUDGETS, RATES, TARGETS
 from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
@@ -133,17 +133,25 @@ def selective_copying() -> str:
     return table(["", *columns], lines)
 
 
-def learning_rates() -> str:
+def window() -> dict[str, dict[float, list[Row]]]:
+    """Of the sweep over learning rates, by contender and initialisation, the runs of each rate."""
     found = [row for row in task_runs() if row["task"] == "selective_copying" and row["steps"] == WINDOW_STEPS]
-    rates = sorted({row["learning_rate"] for row in found})
-    lines = []
-    for plain, name in ((True, "MinRNNConfig's own"), (False, "the preset's")):
-        cells = [
-            [row["accuracy"] for row in found if (row["plain"], row["learning_rate"]) == (plain, rate)]
-            for rate in rates
-        ]
-        lines.append((name, *(spread(values) if values else "not run" for values in cells)))
-    return table(["initialisation", *(f"{rate:g}" for rate in rates)], lines)
+    found.sort(key=lambda row: (CONTENDERS.index(row["contender"]), not row["plain"]))
+    runs: dict[str, dict[float, list[Row]]] = {}
+    for (name, plain), own in grouped(found, "contender", "plain").items():
+        initialisation = ", MinRNNConfig's own" if plain else ", the preset's"
+        label = name + (initialisation if name in TARGETS else "")
+        runs[label] = {rate: of_rate for (rate,), of_rate in grouped(own, "learning_rate").items()}
+    return runs
+
+
+def learning_rates() -> str:
+    rates = sorted({rate for own in window().values() for rate in own})
+    lines = [
+        (label, *(spread([row["accuracy"] for row in own[rate]]) if rate in own else "" for rate in rates))
+        for label, own in window().items()
+    ]
+    return table(["", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def plot_selective_copying(path: Path) -> None:
@@ -154,10 +162,8 @@ def plot_selective_copying(path: Path) -> None:
     for (name,), own in grouped(trained, "contender").items():
         plot_means(axes, {layers: runs for (layers,), runs in grouped(own, "layers").items()}, "accuracy", name)
     axes = figure.add_subplot(1, 2, 2, xlabel=f"learning rate, {WINDOW_STEPS} steps", xscale="log", ylim=(0, 1.02))
-    sweep = [row for row in found if row["steps"] == WINDOW_STEPS]
-    for (plain,), own in grouped(sweep, "plain").items():
-        by_rate = {rate: runs for (rate,), runs in grouped(own, "learning_rate").items()}
-        plot_means(axes, by_rate, "accuracy", "MinRNNConfig's initialisation" if plain else "the preset's")
+    for label, by_rate in window().items():
+        plot_means(axes, by_rate, "accuracy", label)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
