@@ -228,7 +228,8 @@ def _carry_dtype(device: torch.device) -> torch.dtype:
 
 
 def _time_major(x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    return x[:, start:stop].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    """(stop - start, B, D) of x (B, T, D), a copy that may be written to."""
+    return x[:, start:stop].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def torch_forward(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask):
@@ -289,7 +290,7 @@ def torch_backward(
         torch.mul(flow, upstream, out=e[:-1])
         e[-1] = carry
         carry = _linear_scan_(flow, e[:-1], carry, reverse=True)
-        d_state = upstream + e[1:]
+        d_state = upstream.add_(e[1:])
 
         before = initial_state.to(states.dtype) if start == 0 else states[:, start - 1]
         previous = torch.cat([before[:, None], states[:, start : stop - 1]], 1).transpose(0, 1)
@@ -298,17 +299,17 @@ def torch_backward(
             previous = torch.where(reset, reset_state.to(states.dtype), previous)
 
         d_c = z.mul_(d_state)
-        d_log_odds = (c - previous).mul_(a).mul_(d_c)  # of sigmoid(log_odds) = 1 - a
+        d_log_odds = a.mul_(c - previous).mul_(d_c)  # of sigmoid(log_odds) = 1 - a
         *gates, x = block.chunk(GATES[cell_type], -1)
         *d_gates, d_x = d_projected[:, start:stop].transpose(0, 1).chunk(GATES[cell_type], -1)
         if cell_type == "mingru":
             d_gates[0].copy_(d_log_odds)
         else:  # log_odds = log i - log f
-            d_gates[0].copy_(torch.sigmoid(-gates[0]).mul_(d_log_odds).neg_())
-            d_gates[1].copy_(torch.sigmoid(-gates[1]).mul_(d_log_odds))
+            d_gates[1].copy_(gates[1].neg_().sigmoid_().mul_(d_log_odds))
+            d_gates[0].copy_(gates[0].neg_().sigmoid_().mul_(d_log_odds.neg_()))
         # g' is 1 where x >= 0, and s * (1 - s) below, s = sigmoid(x) = c. Of min(c, 1/2) that is 1/4 where x >= 0.
-        s = c.clamp(max=0.5)
-        slope = s.sub_(s * s).add_(torch.ge(x, 0, out=torch.empty_like(s)), alpha=0.75)
+        slope = c.clamp_(max=0.5)
+        slope.addcmul_(slope, slope, value=-1).add_(torch.ge(x, 0, out=torch.empty_like(slope)), alpha=0.75)
         d_x.copy_(d_c.mul_(slope))
     return d_projected, carry.to(initial_state.dtype), d_reset_state.to(reset_state.dtype)
 

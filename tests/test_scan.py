@@ -581,6 +581,16 @@ def test_results_repeat_bit_by_bit(cell_type, backend):
         assert torch.equal(first[name], second[name])
 
 
+@every_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_given_is_left_as_it_was(cell_type, dtype):
+    arguments = problem(cell_type, 1, 9, 5, dtype)  # one sequence: it lies in memory as the scan wants it
+    before = {name: x.clone() for name, x in arguments.items() if name != "cell_type"}
+    outcome(functools.partial(minrnn_scan, backend="torch"), **arguments)
+    for name in before:
+        assert torch.equal(arguments[name], before[name]), name
+
+
 # torch.library, torch.compile, torch.export
 
 
