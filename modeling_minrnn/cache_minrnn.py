@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-MAX_ROLLBACK_TOKENS = 128  # more than any assistant drafts at once
+# Of tokens drafted by an assistant; 20 is transformers' own number. `crop` refuses to go back further.
+MAX_ROLLBACK_TOKENS = 128
 
 
 class MinRNNDynamicLayer(CacheLayerMixin):
@@ -34,23 +35,29 @@ class MinRNNDynamicLayer(CacheLayerMixin):
         self.keys, self.values = torch.zeros_like(key_states), torch.zeros_like(value_states)
         self.is_initialized = True
 
-    def get_state(self, initial_state: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        """State (B, D) and window (B, K - 1, H) to go on from: the two given where nothing has been seen yet.
+    def get_state(self, initial_state: Tensor) -> Tensor:
+        """The state (B, D) to go on from: the one given where nothing has been seen yet.
 
         Raises ValueError if the cache was filled with another batch size or by a model of another shape.
         """
-        if not self.is_initialized:
-            return initial_state, window
-        for name, kept, needed in (("state", self.keys, initial_state), ("window", self.values, window)):
-            if kept.shape != needed.shape:
-                raise ValueError(
-                    f"past_key_values holds a {name} of shape {tuple(kept.shape)} where this model and batch need "
-                    f"{tuple(needed.shape)}; pass the cache of the same model and batch, or a new one"
-                )
-        return self._state_or_start(initial_state, window)
+        return self._kept_or_start("state", self.keys, initial_state)
 
-    def _state_or_start(self, initial_state: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.keys, self.values) if self.cumulative_length else (initial_state, window)
+    def get_window(self, window: Tensor) -> Tensor:
+        """The convolution window (B, K - 1, H) to go on from; as `get_state`."""
+        return self._kept_or_start("window", self.values, window)
+
+    def _kept_or_start(self, name: str, kept: Tensor | None, start: Tensor) -> Tensor:
+        if kept is None:
+            return start
+        if kept.shape != start.shape:
+            raise ValueError(
+                f"past_key_values holds a {name} of shape {tuple(kept.shape)} where this model and batch need "
+                f"{tuple(start.shape)}; pass the cache of the same model and batch, or a new one"
+            )
+        return self._after_start(kept, start)
+
+    def _after_start(self, kept: Tensor, start: Tensor) -> Tensor:
+        return kept if self.cumulative_length else start
 
     def update(
         self, key_states: Tensor, value_states: Tensor, num_tokens: int = 1, past: Sequence[tuple[Tensor, Tensor]] = ()
@@ -76,22 +83,23 @@ class MinRNNDynamicLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Go back by -tokens_to_remove tokens; 0 drops the recorded past. Positive counts are refused.
+        """Go back by -tokens_to_remove tokens, to one of the recorded states or to the start.
 
         Raises:
             ValueError: for a positive count, or a step back past what was recorded.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"a recurrent state is cropped by a negative number of tokens, not {tokens_to_remove}")
-        if tokens_to_remove < 0:
-            if tokens_to_remove < -self.cumulative_length or -tokens_to_remove >= len(self.past):
+        if tokens_to_remove == -self.cumulative_length:
+            self.reset()  # the model knows the state at the start
+        elif tokens_to_remove < 0:
+            if -tokens_to_remove >= len(self.past):
                 raise ValueError(
                     f"cannot go back {-tokens_to_remove} tokens: {max(len(self.past) - 1, 0)} are recorded (at most "
                     f"{MAX_ROLLBACK_TOKENS}, from activate_past_recording() on)"
                 )
-            state, window = self.past[tokens_to_remove - 1]
-            self._store(state, window, tokens_to_remove)
-        self.past = []
+            self.past = self.past[:tokens_to_remove]
+            self._store(*self.past[-1], tokens_to_remove)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cumulative_length + query_length, 0
@@ -103,6 +111,14 @@ class MinRNNDynamicLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+    # A state is too small to be worth moving, and is read before any call in which transformers would wait for what it
+    # prefetched.
+    def offload(self) -> None:
+        """Nothing: the state stays on the device of its layer, as transformers' linear-attention states do."""
+
+    def prefetch(self) -> None:
+        """Nothing: see `offload`."""
 
     def reset(self) -> None:
         super().reset()
@@ -145,9 +161,8 @@ class MinRNNStaticLayer(MinRNNDynamicLayer):
             for tensor in (self.keys, self.values, self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)
 
-    def _state_or_start(self, initial_state: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-        started = self.cumulative_length > 0  # `values` are zero until then, as the first window is
-        return torch.where(started, self.keys, initial_state), self.values
+    def _after_start(self, kept: Tensor, start: Tensor) -> Tensor:
+        return torch.where(self.cumulative_length > 0, kept, start)
 
     def _store(self, key_states: Tensor, value_states: Tensor, num_tokens: int) -> None:
         self.keys.copy_(key_states)

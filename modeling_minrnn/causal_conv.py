@@ -17,10 +17,10 @@ def conv_taps(kernel_size: int, reset_mask: Tensor | None, padding_mask: Tensor 
     A token sees itself and the K - 1 real tokens before it in its document: padding is passed over, and nothing is
     read from before a reset. `taps[:, t, 1:]` is therefore the window that is left after token t, and a padding token
     sees no more than that: what it sees does not depend on whether x begins before it or with it. Without masks tap k
-    of token t reads t + k, and None says so.
+    of token t reads t + k, and None says so; it also stands for no taps at all.
     """
     mask = padding_mask if reset_mask is None else reset_mask
-    if mask is None:
+    if mask is None or kernel_size == 0:
         return None
     position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
     document = torch.zeros_like(position) if reset_mask is None else reset_mask.long().cumsum(1)

@@ -87,7 +87,7 @@ def _inputs(x, weight, window, taps):
 
 def forward(x, weight, window, taps):
     """y of `causal_conv.causal_conv`."""
-    y = torch.empty(x.shape)
+    y = torch.empty(x.shape, dtype=torch.float32)
     run(forward_kernel, (*_inputs(x, weight, window, taps), y), x.shape[0], x.shape[2])
     return y.to(x.dtype)
 
@@ -95,6 +95,7 @@ def forward(x, weight, window, taps):
 def backward(x, weight, window, taps, d_y):
     """Gradients of x, weight and window."""
     B, (H, K) = x.shape[0], weight.shape
-    d_x, d_weight, d_window = torch.zeros(x.shape), torch.zeros(B, K, H), torch.zeros(window.shape)
+    shapes = x.shape, (B, K, H), window.shape
+    d_x, d_weight, d_window = (torch.zeros(shape, dtype=torch.float32) for shape in shapes)
     run(backward_kernel, (*_inputs(x, weight, window, taps), *strided(d_y), d_x, d_weight, d_window), B, H)
     return d_x.to(x.dtype), d_weight.sum(0).T.contiguous().to(weight.dtype), d_window.to(window.dtype)

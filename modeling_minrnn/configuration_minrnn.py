@@ -4,6 +4,7 @@ import difflib
 import functools
 import math
 import sys
+from collections.abc import Iterable
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -14,6 +15,22 @@ from .scan import BACKENDS, GATES
 
 # What PEFT adapts where its configuration names no modules: every Linear of the layers.
 LORA_TARGET_MODULES = ["in_proj", "out_proj", "up_proj", "down_proj"]
+
+
+def refuse_misspelled(names: Iterable[str]) -> None:
+    """Raise ValueError for what is nearly the name of a field, or words of one, as num_layers."""
+    fields = list(MinRNNConfig.__annotations__)
+    for name in names:
+        # Other unknown names are kept, as everywhere in transformers: libraries add their own to a saved config.
+        if name in fields or hasattr(PreTrainedConfig, name):
+            continue
+        if isinstance(getattr(MinRNNConfig, name, None), property):
+            raise ValueError(f"{name} is not a field of MinRNNConfig: it follows from the others")
+        words = set(name.split("_"))
+        nearest = [field for field in fields if len(words) > 1 and words < set(field.split("_"))]
+        nearest += difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+        if nearest:
+            raise ValueError(f"MinRNNConfig has no field {name!r}; did you mean {nearest[0]!r}?")
 
 
 def raise_value_errors(config_class):
@@ -106,12 +123,7 @@ class MinRNNConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        names = list(MinRNNConfig.__annotations__)
-        for name in kwargs:
-            # Other unknown names are kept, as everywhere in transformers: libraries add their own to a saved config.
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
-            if nearest and not hasattr(PreTrainedConfig, name):
-                raise ValueError(f"MinRNNConfig has no field {name!r}; did you mean {nearest[0]!r}?")
+        refuse_misspelled(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.initializer_range is None:
@@ -131,6 +143,7 @@ class MinRNNConfig(PreTrainedConfig):
         saved = config_dict.get("model_type", cls.model_type)
         if saved != cls.model_type:
             raise ValueError(f"this is a checkpoint of model_type {saved!r}, not {cls.model_type!r}")
+        refuse_misspelled(kwargs)
         given = {name: kwargs.pop(name) for name in MinRNNConfig.__annotations__ if name in kwargs}
         return super().from_dict(config_dict | given, **kwargs)
 

@@ -1,6 +1,6 @@
 """A language model as programs that run without this package:  python -m modeling_minrnn.export MODEL FOLDER
 
-writes two ONNX files, with the tokenizer and the configuration beside them (pip install 'modeling-minrnn[onnx]'):
+writes two ONNX files, and beside them the tokenizer and the generation configuration (needs the extra `onnx`):
 
     prefill.onnx: input_ids (B, T), attention_mask (B, T) -> logits (B, V), new_state_0, new_state_1, ...
     decode.onnx:  input_ids (B, 1), state_0, state_1, ... -> logits (B, V), new_state_0, new_state_1, ...
@@ -120,7 +120,7 @@ def export_onnx(model: MinRNNForCausalLM, folder: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export a MinRNN language model to ONNX.")
     parser.add_argument("model", help="a model folder or a repository id")
-    parser.add_argument("folder", help="a new folder for prefill.onnx, decode.onnx, tokenizer and configuration")
+    parser.add_argument("folder", help="a new folder for what is written")
     options = parser.parse_args()
     try:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)

@@ -33,7 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_minrnn import MAX_ROLLBACK_TOKENS
+from .cache_minrnn import MAX_ROLLBACK_TOKENS, MinRNNDynamicLayer
 from .causal_conv import causal_conv, conv_taps, windows_after
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import all_gather, conv_windows
@@ -108,10 +108,30 @@ class MinRNNRecurrence(nn.Module):
         """(D,), of this process under tensor parallelism."""
         return getattr(self.initial_state, "to_local", lambda: self.initial_state)()
 
-    def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False, group=None):
-        """hidden_states (B, T, H), state (B, D) -> output (B, T, H), states (B, T, D), final state (B, D).
+    def forward(
+        self,
+        hidden_states: Tensor,
+        reset_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        cache_layer: MinRNNDynamicLayer | None = None,
+        group: "torch.distributed.ProcessGroup | None" = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, D), final state (B, D).
 
-        exact_states: return every state as precisely as the final one, whatever the dtype of the model.
+        cache_layer: holds the state to go on from.
+        """
+        # Within this forward, as parameters may be offloaded or sharded outside that of their own module.
+        state = self.start(hidden_states.shape[0], hidden_states)
+        exact_states = False
+        if cache_layer is not None:
+            # A state to go back to must be as exact as the final one, whatever the dtype of the model.
+            state, exact_states = cache_layer.get_state(state), cache_layer.record_past
+        return self.go_on(hidden_states, state, reset_mask, padding_mask, exact_states, group)
+
+    def go_on(self, hidden_states, state, reset_mask=None, padding_mask=None, exact_states=False, group=None):
+        """As `forward`, from a state (B, D).
+
+        exact_states: return every state as precisely as the final one.
         """
         projected = self.in_proj(hidden_states)
         states, final_state = minrnn_scan(
@@ -180,12 +200,10 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
             num_tokens: tokens that the cache moves on by, those of all ranks of the group; None for T.
         """
         B, T, H = hidden_states.shape
-        state = self.rnn.start(B, hidden_states)
+        cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         window = hidden_states.new_zeros(B, self.window_size, H)
-        record_past = False
-        if past_key_values is not None:
-            state, window = past_key_values.layers[self.layer_idx].get_state(state, window)
-            record_past = past_key_values.layers[self.layer_idx].record_past
+        if cache_layer is not None:
+            window = cache_layer.get_window(window)
 
         conv_input = hidden_states
         final_window = None
@@ -195,25 +213,23 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + self.conv(conv_input, window, taps)
             if reverse_masks is not None:
                 hidden_states = hidden_states + self.reverse_conv(conv_input.flip(1), window, reverse_masks[2]).flip(1)
-        # A state to go back to must be as exact as the final one, whatever the dtype of the model.
         rnn_input = self.rnn_norm(hidden_states)
         output, states, final_state = self.rnn(
-            rnn_input, state, reset_mask, padding_mask, exact_states=record_past, group=context_parallel_group
+            rnn_input, reset_mask, padding_mask, cache_layer, context_parallel_group
         )
         if reverse_masks is not None:
             reverse_padding_mask, reverse_reset_mask, _ = reverse_masks
-            start = self.reverse_rnn.start(B, rnn_input)
-            reverse_output, *_ = self.reverse_rnn(rnn_input.flip(1), start, reverse_reset_mask, reverse_padding_mask)
+            reverse_output, *_ = self.reverse_rnn(rnn_input.flip(1), reverse_reset_mask, reverse_padding_mask)
             output = output + reverse_output.flip(1)
         hidden_states = hidden_states + self.dropout(output)
         if self.has_mlp:
             hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
-        if past_key_values is not None:
-            first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if record_past else T - 1
+        if cache_layer is not None:
+            first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if cache_layer.record_past else T - 1
             windows = windows_after(conv_input, window, taps, first) if final_window is None else [final_window]
-            past = [(states[:, t].clone(), w) for t, w in enumerate(windows, first)] if record_past else ()
-            past_key_values.update(final_state, windows[-1], self.layer_idx, num_tokens=num_tokens or T, past=past)
+            past = [(states[:, t].clone(), w) for t, w in enumerate(windows, first)] if cache_layer.record_past else ()
+            cache_layer.update(final_state, windows[-1], num_tokens=num_tokens or T, past=past)
         return hidden_states
 
 
@@ -281,22 +297,27 @@ class MinRNNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def diagnose_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[StateReport]:
-        """What the state of each recurrence does while the model reads: timescales, saturation and size.
+        """What the state of each recurrence does while the model reads, in evaluation mode: timescales, saturation
+        and size.
 
         Args:
             input_ids: (B, T); a long text is read in parts, in the memory of one.
             attention_mask: (B, T), 0 for padding, which does not count.
         """
+        if attention_mask is not None and not attention_mask.any():
+            raise ValueError("attention_mask is 0 everywhere: there is no token to report on")
         reports = []
 
         def listen_to(report: StateReport) -> Callable:
             def listen(rnn, arguments, output):
-                hidden_states, _, _, padding_mask = arguments
+                hidden_states, _, padding_mask, *_ = arguments
                 report.add(rnn.in_proj(hidden_states), output[1], rnn.cell_type, padding_mask)
 
             return listen
 
         with ExitStack() as hooks:
+            hooks.callback(self.train, self.training)
+            self.eval()  # in training gradient checkpointing would drop the cache
             for name, module in self.base_model.named_modules():
                 if isinstance(module, MinRNNRecurrence):
                     reports.append(StateReport(name))
@@ -396,9 +417,11 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # Fewer than there are where an early exit drafts tokens.
+        layers = list(self.layers)[: self.config.num_hidden_layers]
         cache_layers = getattr(past_key_values, "layers", ())
         if past_key_values is not None and (
-            len(cache_layers) != len(self.layers) or not all(hasattr(layer, "get_state") for layer in cache_layers)
+            len(cache_layers) != len(layers) or not all(hasattr(layer, "get_state") for layer in cache_layers)
         ):
             raise ValueError(
                 "past_key_values was not made for this model; pass DynamicCache(config=model.config), "
@@ -421,7 +444,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             reverse_masks = _reverse_masks(padding_mask, reset_mask, self.config.conv_kernel_size)
 
         hidden_states = self.dropout(given if input_ids is None else self._embed(given))
-        for layer in self.layers:
+        for layer in layers:
             hidden_states = layer(
                 hidden_states,
                 padding_mask,
@@ -441,6 +464,8 @@ class MinRNNModel(MinRNNPreTrainedModel):
             return self.embed_tokens(input_ids)
         except IndexError:
             smallest, largest = input_ids.min().item(), input_ids.max().item()
+            if 0 <= smallest and largest < self.config.vocab_size:
+                raise  # of what a hook or an adapter does
             wrong = smallest if smallest < 0 else largest
             vocabulary = f"0..{self.config.vocab_size - 1}"
             raise ValueError(f"token id {wrong} is not in the vocabulary: ids must be in {vocabulary}") from None
@@ -584,6 +609,8 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         """The loss of all tokens, with the logits of LOSS_CHUNK_ELEMENTS / vocab_size tokens at a time."""
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        if shift_labels.shape != hidden_states.shape[:2]:
+            raise ValueError(f"labels must be {tuple(hidden_states.shape[:2])}, not {tuple(shift_labels.shape)}")
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != -100).sum()
 
@@ -603,7 +630,7 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             return loss_of(hidden_states, shift_labels)
         # Backward computes the logits of a chunk again: one more product with the head, instead of all in memory.
         losses = [
-            checkpoint(loss_of, *chunk, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(loss_of, *chunk, use_reentrant=False)
             for chunk in zip(hidden_states.split(size), shift_labels.split(size))
         ]
         return torch.stack(losses).sum()

@@ -38,7 +38,7 @@ def compile_kernel(*argument_types):
     def compile(function):
         try:
             return numba.cfunc(signature, cache=True, **options)(function).ctypes
-        except RuntimeError:  # no folder for the cache
+        except (RuntimeError, OSError):  # no folder for the cache, or no room in it
             return numba.cfunc(signature, **options)(function).ctypes
 
     return compile
@@ -290,7 +290,8 @@ def _drop_pool():
     _pool = None  # its threads do not exist in a forked child
 
 
-os.register_at_fork(after_in_child=_drop_pool)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_drop_pool)
 
 
 def run(kernel, arguments, B, D):
@@ -344,7 +345,7 @@ def row_groups(projected):
 
 def output(tensor):
     """Where a kernel writes what is then copied to `tensor`: itself in float32, which a copy leaves as it is."""
-    return tensor if tensor.dtype == torch.float32 else torch.empty(tensor.shape)
+    return tensor if tensor.dtype == torch.float32 else torch.empty(tensor.shape, dtype=torch.float32)
 
 
 def _inputs(rows, projected, cell_type, initial_state, reset_state, reset_mask, padding_mask):
@@ -359,7 +360,7 @@ def forward(projected, cell_type, initial_state, reset_state, reset_mask, paddin
     """(states, final_state) of `scan.minrnn_scan`; initial_state (B, D), reset_state (D,)."""
     B, D = initial_state.shape
     states = torch.empty(B, projected.shape[1], D, dtype=projected.dtype)
-    final_state = torch.empty(B, D)
+    final_state = torch.empty(B, D, dtype=torch.float32)
     for rows in row_groups(projected):
         inputs = _inputs(rows, projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)
         part = states[rows]
@@ -375,7 +376,7 @@ def backward(
     """Gradients of projected (B, T, gates * D), initial_state (B, D) and reset_state (D,)."""
     B, D = initial_state.shape
     d_projected = torch.empty(projected.shape, dtype=projected.dtype)
-    d_initial_state = torch.empty(B, D)
+    d_initial_state = torch.empty(B, D, dtype=torch.float32)
     d_reset_state = torch.zeros(B, D, dtype=torch.float64)
     for rows in row_groups(projected):
         inputs = _inputs(rows, projected, cell_type, initial_state, reset_state, reset_mask, padding_mask)

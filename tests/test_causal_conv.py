@@ -125,6 +125,11 @@ def test_taps_are_none_where_nothing_is_masked():
     assert conv_taps(4, None, None) is None
 
 
+def test_there_are_no_taps_where_there_is_no_convolution():
+    padding = torch.tensor([[True, False, False]])
+    assert conv_taps(0, None, padding) is None and conv_taps(0, ~padding, padding) is None
+
+
 @pytest.mark.parametrize("padding_share", [None, 0.2])
 def test_a_window_does_not_keep_the_sequence_alive(padding_share):
     (x, _, window), _ = problem(2, 100, 5, 4)

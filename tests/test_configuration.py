@@ -100,6 +100,23 @@ def test_a_misspelled_field_is_an_error_that_names_it_and_the_right_one(field, s
 
 
 @pytest.mark.parametrize(
+    "name, field",
+    [
+        ("num_layers", "num_hidden_layers"),
+        ("conv_kernel", "conv_kernel_size"),
+        ("tie_embeddings", "tie_word_embeddings"),
+    ],
+)
+def test_words_of_a_field_are_an_error_that_names_it(name, field):
+    assert field in error(**{name: 3})
+
+
+@pytest.mark.parametrize("name", ["state_size", "layer_types"])
+def test_what_follows_from_other_fields_cannot_be_given(name):
+    assert error(**{name: 3}) == f"{name} is not a field of MinRNNConfig: it follows from the others"
+
+
+@pytest.mark.parametrize(
     "name", ["quantization_config", "transformers_weights", "transformers.js_config", "sep_token_id", "mask_token_id"]
 )
 def test_what_libraries_add_to_a_saved_configuration_is_kept(name):
@@ -133,6 +150,14 @@ def test_a_bad_value_given_beside_a_saved_configuration_is_refused_like_one_of_i
         with pytest.raises(ValueError) as caught:
             config_class.from_pretrained(tmp_path, **{field: value})
         assert str(caught.value) == error(**{field: value})
+
+
+@pytest.mark.oldest
+def test_a_misspelled_field_beside_a_saved_configuration_is_refused(tmp_path):
+    MinRNNConfig().save_pretrained(tmp_path)
+    for config_class in (MinRNNConfig, AutoConfig):
+        with pytest.raises(ValueError, match="has no field 'hiden_size'; did you mean 'hidden_size'"):
+            config_class.from_pretrained(tmp_path, hiden_size=24)
 
 
 @pytest.mark.oldest

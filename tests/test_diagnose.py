@@ -82,6 +82,22 @@ def test_a_diagnosis_leaves_nothing_behind():
     assert torch.equal(model(ids).logits, before)
 
 
+def test_a_model_in_training_is_diagnosed_as_in_evaluation(monkeypatch):
+    monkeypatch.setattr(modeling_minrnn, "DIAGNOSIS_CHUNK_TOKENS", 4)
+    model, ids = small_model(dropout=0.5), random_ids(1, 9)
+    expected = [str(report) for report in model.diagnose_states(ids)]
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
+    model.train()
+    assert [str(report) for report in model.diagnose_states(ids)] == expected
+    assert model.training and model.model.layers[0].training
+
+
+def test_nothing_but_padding_is_refused():
+    with pytest.raises(ValueError, match="attention_mask is 0 everywhere"):
+        small_model().diagnose_states(random_ids(1, 9), attention_mask=torch.zeros(1, 9))
+
+
 def test_the_example_prints_the_report_of_a_text_and_plots_it(tmp_path):
     model, text = printable_model(), "def read(path):\n" * 20
     save(model, tmp_path / "model")

@@ -7,6 +7,8 @@ import torch
 from small_models import CELLS, random_ids, small_model
 from transformers import CompileConfig, StaticCache, set_seed
 
+from training.tokenizers import byte_tokenizer, character_tokenizer
+
 both_cells = pytest.mark.parametrize("cell_type", CELLS)
 both_backends = pytest.mark.parametrize("backend", ["torch", "numba"])
 
@@ -189,6 +191,29 @@ def test_an_assistant_changes_no_token(cell_type, backend, dtype, drafted):
         assistant.generation_config.assistant_confidence_threshold = 0.0
         tokens = generate(model, prompt, assistant_model=assistant, **settings)
         assert_greedy(model, tokens, 8, expected)
+
+
+@both_cells
+@pytest.mark.parametrize("drafted", [3, 20])
+def test_an_assistant_with_another_tokenizer_changes_no_token(cell_type, drafted):
+    characters, bytes_ = character_tokenizer(["abcdefghijklmnopqrstuvwxyzäöü ,."]), byte_tokenizer()
+    prompt = bytes_("hello world äö", return_tensors="pt").input_ids
+    model = talking_model(cell_type, vocab_size=len(bytes_))
+    settings = {"max_new_tokens": 30, "eos_token_id": None}
+    expected = generate(model, prompt, use_cache=False, **settings)
+    assistant = talking_model(cell_type, seed=1, vocab_size=len(characters))
+    assistant.generation_config.num_assistant_tokens = drafted
+    tokenizers = {"tokenizer": bytes_, "assistant_tokenizer": characters}
+    assert_same_tokens(generate(model, prompt, assistant_model=assistant, **tokenizers, **settings), expected, 14)
+
+
+@both_cells
+def test_drafts_of_the_first_layer_change_no_token(cell_type):
+    model, prompt = talking_model(cell_type), random_ids(1, 8)
+    expected = generate(model, prompt, use_cache=False, eos_token_id=None)
+    tokens = generate(model, prompt, assistant_early_exit=1, eos_token_id=None)
+    assert_same_tokens(tokens, expected, 8)
+    assert_same_tokens(generate(model, prompt, eos_token_id=None), expected, 8)
 
 
 def with_noise(model, size):

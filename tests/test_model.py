@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import random_mask
@@ -21,7 +22,7 @@ from small_models import (
     small_model,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DataCollatorWithFlattening, StaticCache
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from modeling_minrnn import (
     NO_LOGITS,
@@ -356,6 +357,52 @@ def test_the_loss_without_logits_is_the_loss_and_holds_few_logits_at_a_time(cell
     assert_close(model(ids, **arguments, logits_to_keep=2).loss, expected.loss)
 
 
+def test_dropout_in_the_head_is_the_same_where_the_loss_is_computed_again(monkeypatch):
+    monkeypatch.setattr(modeling_minrnn, "LOSS_CHUNK_ELEMENTS", 5 * VOCAB_SIZE)
+    model, ids = small_model(dtype=torch.float64), random_ids(2, 17)
+    model.lm_head.register_forward_pre_hook(lambda head, arguments: F.dropout(arguments[0]))
+
+    def with_head_dropout():
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(ids, labels=ids, logits_to_keep=NO_LOGITS).loss.backward()
+        return gradients(model)
+
+    recomputed = with_head_dropout()
+    monkeypatch.setattr(modeling_minrnn, "checkpoint", lambda function, *args, **_: function(*args))
+    for name, gradient in with_head_dropout().items():
+        assert_close(recomputed[name], gradient)
+
+
+def test_labels_of_another_batch_are_refused(monkeypatch):
+    monkeypatch.setattr(modeling_minrnn, "LOSS_CHUNK_ELEMENTS", 5 * VOCAB_SIZE)
+    with pytest.raises(ValueError, match=r"labels must be \(2, 10\), not \(1, 10\)"):
+        small_model()(random_ids(2, 10), labels=random_ids(1, 10), logits_to_keep=NO_LOGITS)
+
+
+# ---- Parameters that are not there all the time
+
+
+@every_shape
+@pytest.mark.parametrize(
+    "model_class, bidirectional", [(MinRNNForCausalLM, False), (MinRNNForTokenClassification, True)]
+)
+def test_each_parameter_is_needed_in_the_forward_pass_of_its_own_module_alone(shape, model_class, bidirectional):
+    """As where accelerate offloads them, or DeepSpeed shards them."""
+    model = small_model(model_class=model_class, bidirectional=bidirectional, **SHAPES[shape])
+    ids, mask = random_ids(2, 9), random_mask(2, 9, seed=0, share=0.3)
+    expected = model(ids, attention_mask=mask).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_close(model(ids, attention_mask=mask).logits, expected)
+    if not bidirectional:
+        cache = DynamicCache(config=model.config)
+        parts = [
+            model(ids[:, t], attention_mask=mask[:, t], past_key_values=cache).logits for t in (slice(4), slice(4, 9))
+        ]
+        assert_close(torch.cat(parts, 1), expected)
+
+
 # ---- Heads
 
 
@@ -480,7 +527,7 @@ def test_chrono_initialisation_spreads_memory_log_uniformly_over_1_to_max_timesc
     for layer in MinRNNModel(config).layers:
         # What an input of zero keeps of a state of 1 in one step, less what it adds.
         nothing = torch.zeros(1, 1, 1000)
-        kept = [layer.rnn(nothing, torch.full((1, 1000), start), None, None)[2] for start in (0.0, 1.0)]
+        kept = [layer.rnn.go_on(nothing, torch.full((1, 1000), start))[2] for start in (0.0, 1.0)]
         timescale = -1 / (kept[1] - kept[0]).double().log()
         assert 0.999 < timescale.min() and timescale.max() < 501
         # Of 1000 uniform numbers, the sorted ones stay within 0.06 of their places except once in 700 times.
@@ -593,6 +640,13 @@ def test_bad_input_is_a_value_error_that_names_it(inputs, message):
     with pytest.raises(ValueError, match=message) as error:
         small_model()(**inputs)
     assert "\n" not in str(error.value)
+
+
+def test_an_index_error_of_other_code_is_not_blamed_on_the_tokens():
+    model = small_model()
+    model.model.embed_tokens.register_forward_hook(lambda *_: [][0])
+    with pytest.raises(IndexError, match="list index"):
+        model(IDS)
 
 
 def test_one_row_of_a_mask_describes_all_rows():

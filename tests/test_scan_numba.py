@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from modeling_minrnn import scan, scan_numba
+from modeling_minrnn.causal_conv import causal_conv
 from modeling_minrnn.scan import GATES, minrnn_scan
 
 ROOT = Path(__file__).parent.parent
@@ -107,14 +109,37 @@ def test_auto_is_torch_where_numba_is_absent(without_numba):
         assert torch.equal(auto, torch_)
 
 
+@every_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("default_dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_torch_changes_no_bit(cell_type, dtype, default_dtype):
+    shapes = (2, 9, GATES[cell_type] * 5), (2, 5), (2, 9, 5), (5, 3), (2, 2, 5)
+    generator = torch.Generator().manual_seed(0)
+    projected, start, x, weight, window = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    inputs = [tensor.requires_grad_() for tensor in (projected, start.float(), x, weight, window)]
+
+    def results():
+        outputs = *minrnn_scan(*inputs[:1], cell_type, inputs[1], backend="numba"), causal_conv(*inputs[2:])
+        return *outputs, *torch.autograd.grad([y.float().sum() for y in outputs], inputs)
+
+    expected = results()
+    torch.set_default_dtype(default_dtype)
+    try:
+        actual = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all_equal(actual, expected)
+
+
 # In processes of their own
 
 
-def run(script, folder, **environment):
+def run(script, folder, prepare=None, **environment):
     """What a script prints that has this file as `t`, and the package from `folder`."""
     result = subprocess.run(
         [sys.executable, "-c", f"import test_scan_numba as t, torch\n{script}"],
         cwd=folder,
+        preexec_fn=prepare,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")])} | environment,
         capture_output=True,
         text=True,
@@ -148,6 +173,18 @@ def test_a_machine_with_no_place_for_a_cache_compiles_in_memory(tmp_path):
     a_file.touch()
     nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(a_file))
     assert run("print(t.checksum())", tmp_path, **nowhere).strip() == checksum()
+
+
+def test_a_disk_without_room_for_the_kernels_compiles_in_memory(tmp_path):
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # Python makes of its signal an OSError
+
+    assert run("print(t.checksum())", ROOT, prepare=fill, NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
+
+
+def test_a_system_without_fork_needs_none():
+    code = "import os, torch; del os.register_at_fork; from modeling_minrnn import scan_numba"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_a_process_forked_after_use_computes_the_same():

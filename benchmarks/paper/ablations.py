@@ -46,7 +46,7 @@ class SignedRecurrence(MinRNNRecurrence):
     the difference of two that start at the state and at zero.
     """
 
-    def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False, group=None):
+    def go_on(self, hidden_states, state, reset_mask=None, padding_mask=None, exact_states=False, group=None):
         gate, v = self.in_proj(hidden_states).to(state.dtype).chunk(2, -1)  # bf16 would lose digits in the difference
         masks = {"reset_mask": reset_mask, "padding_mask": padding_mask, "backend": self.backend, "group": group}
         above, final_above = minrnn_scan(
@@ -88,13 +88,13 @@ class ConvolvedRecurrence(MinRNNRecurrence):
         state = super().start(batch_size, like)
         return torch.cat([state, state.new_zeros(batch_size, (K - 1) * H)], -1)
 
-    def forward(self, hidden_states, state, reset_mask, padding_mask, exact_states=False, group=None):
+    def go_on(self, hidden_states, state, reset_mask=None, padding_mask=None, exact_states=False, group=None):
         H, K = self.conv.weight.shape
         state, window = state.split([self.state_size, (K - 1) * H], -1)
         window = window.unflatten(-1, (K - 1, H)).to(hidden_states.dtype)
         taps = conv_taps(K, reset_mask, padding_mask)
         convolved = hidden_states + self.conv(hidden_states, window, taps)
-        output, states, final_state = super().forward(convolved, state, reset_mask, padding_mask, exact_states, group)
+        output, states, final_state = super().go_on(convolved, state, reset_mask, padding_mask, exact_states, group)
         [window] = windows_after(hidden_states, window, taps, hidden_states.shape[1] - 1)
         return output, states, torch.cat([final_state, window.flatten(1).to(final_state.dtype)], -1)
 
