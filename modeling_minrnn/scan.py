@@ -140,8 +140,8 @@ def _gates(projected: Tensor, cell_type: str) -> tuple[Tensor, Tensor, Tensor]:
     else:
         # Far below zero f / (f + i) depends on the difference of the two logits alone; moved up together, they do not
         # underflow to 0 / 0.
-        shift = (-30 - torch.maximum(*gates)).clamp(min=0)
-        f, i = (torch.sigmoid(gate + shift) for gate in gates)
+        shift = (torch.maximum(*gates) + 30).clamp(max=0)
+        f, i = (torch.sigmoid(gate - shift) for gate in gates)
         total = f + i
         a, z = f / total, i / total
     positive = x.clamp(min=0)  # its derivative at 0 is 1, and so is that of the sum
