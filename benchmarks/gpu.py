@@ -36,8 +36,9 @@ from torch import Tensor, nn  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel  # noqa: E402
 
 from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM  # noqa: E402
+from modeling_minrnn.cells import cell_of  # noqa: E402
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence  # noqa: E402
-from modeling_minrnn.scan import GATES, minrnn_scan  # noqa: E402
+from modeling_minrnn.scan import minrnn_scan  # noqa: E402
 
 DEVICE = torch.device("cpu" if DRY or not torch.cuda.is_available() else "cuda")
 CELLS = ("mingru", "minlstm")
@@ -142,7 +143,7 @@ def forward_and_backward(function: Callable, inputs: list[Tensor], gradient: Ten
 def outcome(cell_type: str, shape, dtype, backend: str, masked: bool = False, shift: float = 0.0) -> list[Tensor]:
     """States, final state and gradients."""
     B, T, D = shape
-    projected = normal(B, T, GATES[cell_type] * D, dtype=torch.float32)
+    projected = normal(B, T, sum(cell_of(cell_type).blocks(D)), dtype=torch.float32)
     sign = 1.0 if cell_type == "mingru" else -1.0
     projected[..., :D] += sign * shift
     projected = projected.to(dtype)
@@ -199,7 +200,7 @@ def compute_sanitizer(tool: str) -> dict[str, object]:
 @case("bandwidth", *((cell, *shape) for shape in SHAPES for cell in CELLS))
 def fraction_of_copy(cell_type: str, *shape: int) -> dict[str, object]:
     B, T, D = small(*shape)
-    G = GATES[cell_type]
+    G = len(cell_of(cell_type).blocks(0))
     projected, gradient = normal(B, T, G * D), normal(B, T, D, seed=1)
     scan = functools.partial(minrnn_scan, cell_type=cell_type, backend="triton")
     inputs = [projected.clone().requires_grad_()]
@@ -339,7 +340,7 @@ class Layer(nn.Module):
     def __init__(self, cell_type: str, input_size: int, hidden_size: int):
         super().__init__()
         self.cell_type = cell_type
-        self.projection = nn.Linear(input_size, GATES[cell_type] * hidden_size, bias=False)
+        self.projection = nn.Linear(input_size, sum(cell_of(cell_type).blocks(hidden_size)), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return minrnn_scan(self.projection(x), self.cell_type, backend="triton")[0]
@@ -452,7 +453,7 @@ def of_125M_parameters(name: str) -> dict[str, object]:  # noqa: N802
 def recurrence_of_width_768(cell_type: str) -> dict[str, object]:
     """Forward and backward of in_proj, scan and out_proj over 1,048,576 tokens of one sequence, bf16."""
     T, H = small(1 << 20, 768)
-    layer = MinRNNRecurrence(MinRNNConfig(hidden_size=H, cell_type=cell_type, scan_backend="triton"))
+    layer = MinRNNRecurrence(MinRNNConfig(hidden_size=H, cell_type=cell_type, scan_backend="triton"), 0)
     layer = layer.to(DEVICE, torch.bfloat16)
     x = normal(1, T, H)
 

@@ -22,7 +22,8 @@ import torch
 from harness import Bound, Report, interleave, parser, relative_error, timed, verify
 from torch import nn
 
-from modeling_minrnn.scan import GATES, minrnn_scan
+from modeling_minrnn.cells import cell_of
+from modeling_minrnn.scan import minrnn_scan
 
 CASES = [(10, 100, 64, 1000), (128, 128, 64, 128), (128, 128, 64, 512), (128, 128, 8, 4096), (512, 512, 8, 1000)]
 FIRST = CASES[0]
@@ -34,7 +35,7 @@ TOLERANCE = 1e-5  # fp32 sums over B T rows in the weights' gradients
 class MinRNNLayer(nn.Module):
     def __init__(self, input_size: int, hidden_size: int, cell_type: str, backend: str):
         super().__init__()
-        self.projection = nn.Linear(input_size, GATES[cell_type] * hidden_size)
+        self.projection = nn.Linear(input_size, sum(cell_of(cell_type).blocks(hidden_size)))
         self.cell_type = cell_type
         self.backend = backend
 
@@ -63,7 +64,7 @@ def measure(report: Report, case: tuple[int, int, int, int], cell_type: str) -> 
     torch.manual_seed(0)
     x = torch.randn(B, T, input_size, requires_grad=True)
     gradient = torch.randn(B, T, hidden_size)
-    linear_gradient = torch.randn(B, T, GATES[cell_type] * hidden_size)
+    linear_gradient = torch.randn(B, T, sum(cell_of(cell_type).blocks(hidden_size)))
     loop = MinRNNLayer(input_size, hidden_size, cell_type, "loop")
     baseline = BASELINES[cell_type](input_size, hidden_size, batch_first=True)
 

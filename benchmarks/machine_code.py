@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling_minrnn import scan_triton
+from modeling_minrnn.cells import cell_of
 
 KERNELS = ("forward", "forward_reduce", "backward", "backward_reduce")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -56,8 +57,8 @@ def compile_variant(variant: Variant) -> MachineCode:
     kernel = getattr(scan_triton, f"{variant.kernel}_kernel")
     tiles = scan_triton.FORWARD_TILES if variant.kernel.startswith("forward") else scan_triton.BACKWARD_TILES
     W, U, BD, warps = scan_triton.choose_tile(tiles, variant.D, plain=not variant.masks)
-    lstm = variant.cell_type == "minlstm"
-    constants = dict(D=variant.D, stride=(3 if lstm else 2) * variant.D, d_stride=variant.D, LSTM=lstm)
+    width = sum(cell_of(variant.cell_type).blocks(variant.D))
+    constants = dict(D=variant.D, stride=width, d_stride=variant.D, CELL=scan_triton.CELLS[variant.cell_type])
     constants |= dict(NVIDIA=True, W=W, U=U, BD=BD) | {mask: None for mask in MASKS if mask not in variant.masks}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):

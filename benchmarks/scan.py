@@ -15,7 +15,10 @@ saved: bytes that autograd keeps for the backward pass, per state element; proje
 
 Targets, forward + backward in fp32:  torch >= 6x the speed of log (4.5x at 1,262144,64), numba >= 25x (20x).
 
-    python benchmarks/scan.py [--only 16,256,384] [--rounds 11] [--dtype bfloat16]
+--cells times every cell beside minGRU instead, forward + backward by "numba". Targets: at most 2.5 times its time
+for those that are convex combinations, at most 4 times for the others; error against the float64 loop as above.
+
+    python benchmarks/scan.py [--only 16,256,384] [--rounds 11] [--dtype bfloat16] [--cells]
 """
 
 from collections.abc import Callable
@@ -24,7 +27,20 @@ from functools import partial
 import torch
 from harness import Bound, Report, interleave, parser, relative_error, timed, verify
 
-from modeling_minrnn.scan import GATES, minrnn_scan
+from modeling_minrnn.cells import (
+    HGRN,
+    LMU,
+    LRU,
+    RGLRU,
+    RWKV4,
+    Aaren,
+    Convex,
+    MinGRU,
+    MinLSTM,
+    SignedMinGRU,
+    cell_of,
+)
+from modeling_minrnn.scan import minrnn_scan, stack_parameters
 
 SHAPES = [(16, 256, 384), (8, 1024, 512), (64, 512, 64), (1, 16384, 512), (1, 262144, 64)]  # B, T, D
 BACKENDS = ["log", "torch", "numba"]
@@ -68,7 +84,7 @@ def saved_bytes(projected: torch.Tensor, cell_type: str, backend: str) -> int:
 def measure(report: Report, shape: tuple[int, int, int], cell_type: str, dtype: torch.dtype) -> None:
     B, T, D = shape
     generator = torch.Generator().manual_seed(0)
-    projected = torch.randn(B, T, GATES[cell_type] * D, generator=generator).to(dtype).requires_grad_()
+    projected = torch.randn(B, T, sum(cell_of(cell_type).blocks(D)), generator=generator).to(dtype).requires_grad_()
     gradient = torch.randn(B, T, D, generator=generator).to(dtype)
 
     oracle = forward_backward(projected.detach().double().requires_grad_(), gradient.double(), cell_type, "loop")
@@ -79,7 +95,7 @@ def measure(report: Report, shape: tuple[int, int, int], cell_type: str, dtype: 
 
     elements = gradient.numel()
     saved = {backend: saved_bytes(projected, cell_type, backend) / elements for backend in BACKENDS}
-    tensors_moved = GATES[cell_type] + 1
+    tensors_moved = len(cell_of(cell_type).blocks(D)) + 1
     for name, run, bytes_moved in (
         ("forward", forward, gradient.nbytes * tensors_moved),
         ("forward+backward", forward_backward, gradient.nbytes * 3 * tensors_moved),
@@ -104,13 +120,61 @@ def measure(report: Report, shape: tuple[int, int, int], cell_type: str, dtype: 
             )
 
 
+CELLS = [
+    MinGRU(), MinGRU("linear"), MinLSTM(), MinLSTM("linear"), SignedMinGRU(), Aaren(num_heads=8), RWKV4(), LRU(),
+    RGLRU(), HGRN(), LMU(memory_order=16),
+]  # fmt: skip
+
+
+def measure_cells(report: Report, shape: tuple[int, int, int]) -> None:
+    B, T, D = shape
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(B, T, D, generator=generator)
+    runs, errors, convex = {}, {}, {}
+    for cell in CELLS:
+        torch.manual_seed(0)
+        parameters = cell.initial_parameters(D, 1, 4, None, torch.device("cpu"))
+        projected = torch.randn(B, T, sum(cell.blocks(D)), generator=generator).requires_grad_()
+
+        def run(projected=projected, cell=cell, parameters=parameters, backend="numba"):
+            states, final_state = minrnn_scan(projected, cell, parameters=parameters, backend=backend)
+            gradients = torch.autograd.grad(states, projected, gradient.to(states.dtype))
+            return [states.detach(), final_state.detach(), *gradients]
+
+        exact = {name: parameter.double() for name, parameter in parameters.items()}
+        errors[cell.spec] = relative_error(
+            run(), run(projected.detach().double().requires_grad_(), cell, exact, "loop")
+        )
+        verify(f"{cell.spec} {shape}", errors[cell.spec], TOLERANCES[torch.float32])
+        runs[cell.spec] = timed(run)
+        one = stack_parameters(cell, parameters, projected)
+        log_sums = torch.zeros(1, 1, cell.log_sums(D))
+        convex[cell.spec] = cell.system is None and isinstance(cell.gates(projected[:1, :1], one, log_sums), Convex)
+    samples = interleave(runs, report.options.rounds)
+    for cell in CELLS:
+        report.add(
+            shape=",".join(map(str, shape)),
+            cell=cell.spec,
+            dtype="float32",
+            timed="forward+backward",
+            backend="numba",
+            ms=1e3 * samples.seconds(cell.spec),
+            times_mingru=Bound(samples.ratio(cell.spec, "mingru"), at_most=2.5 if convex[cell.spec] else 4),
+            error=errors[cell.spec],
+        )
+
+
 def main() -> None:
     flags = parser("scan", __doc__, rounds=11)
+    flags.add_argument("--cells", action="store_true", help="every cell beside minGRU")
     flags.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     options = flags.parse_args()
     report = Report(options)
-    for shape in SHAPES:
-        for cell_type in GATES:
+    for shape in SHAPES[:3] if options.cells else []:
+        if report.wants(",".join(map(str, shape))):
+            measure_cells(report, shape)
+    for shape in [] if options.cells else SHAPES:
+        for cell_type in ("mingru", "minlstm"):
             if report.wants(f"{','.join(map(str, shape))} {cell_type}"):
                 measure(report, shape, cell_type, getattr(torch, options.dtype))
     report.print_table()

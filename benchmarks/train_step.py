@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from modeling_minrnn import modeling_minrnn
-from modeling_minrnn.scan import GATES
+from modeling_minrnn.scan import ScanOutputs
 
 TOKENS = 4096  # a batch
 LENGTHS = [256, 1024, 4096]
@@ -55,12 +55,12 @@ class TrainingStep:
 
 
 def without_scan(step: TrainingStep) -> Callable[[], None]:
-    def identity(projected, cell_type, *_, **__):
-        states = projected[..., : projected.shape[-1] // GATES[cell_type]]
-        return states, states[:, -1]
+    def identity(projected, cell, *_):
+        states = projected[..., : cell.state_width(projected.shape[-1])]
+        return ScanOutputs(states, states[:, -1], states, states[..., :0])
 
     def run() -> None:
-        with mock.patch.object(modeling_minrnn, "minrnn_scan", identity):
+        with mock.patch.object(modeling_minrnn, "scan_states", identity):
             step()
 
     return run

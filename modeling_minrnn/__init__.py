@@ -1,4 +1,4 @@
-"""minGRU and minLSTM (arXiv 2410.01201) for transformers. Importing it registers them with the Auto classes."""
+"""minGRU, minLSTM (arXiv 2410.01201) and kin for transformers. Importing it registers them with the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -22,7 +22,7 @@ from .modeling_minrnn import (
     MinRNNModel,
     MinRNNPreTrainedModel,
 )
-from .scan import minrnn_scan
+from .scan import linear_scan, minrnn_scan
 from .state_file import load_state, save_state
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "MinRNNForTokenClassification",
     "MinRNNModel",
     "MinRNNPreTrainedModel",
+    "linear_scan",
     "load_state",
     "minrnn_scan",
     "save_state",

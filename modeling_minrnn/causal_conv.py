@@ -8,36 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scan import NAMESPACE, resolve_backend
-
-
-def conv_taps(kernel_size: int, reset_mask: Tensor | None, padding_mask: Tensor | None) -> Tensor | None:
-    """Where each tap of each token reads: (B, T, K) positions along time in [window | x], -1 for nothing (zero).
-
-    A token sees itself and the K - 1 real tokens before it in its document: padding is passed over, and nothing is
-    read from before a reset. `taps[:, t, 1:]` is therefore the window that is left after token t, and a padding token
-    sees no more than that: what it sees does not depend on whether x begins before it or with it. Without masks tap k
-    of token t reads t + k, and None says so; it also stands for no taps at all.
-    """
-    mask = padding_mask if reset_mask is None else reset_mask
-    if mask is None or kernel_size == 0:
-        return None
-    position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    document = torch.zeros_like(position) if reset_mask is None else reset_mask.long().cumsum(1)
-    rank, at_rank = position, position  # of each token, or the last real one before it, among the real tokens
-    if padding_mask is not None:
-        rank = (~padding_mask).long().cumsum(1) - 1
-        at_rank = padding_mask.long().argsort(dim=1, stable=True)
-    back = torch.arange(kernel_size - 1, -1, -1, device=mask.device)
-    source_rank = (rank[..., None] - back).flatten(1)  # negative: in the window, which belongs to document 0
-    source = at_rank.gather(1, source_rank.clamp(min=0))
-    source_document = document.gather(1, source).masked_fill(source_rank < 0, 0)
-    source = torch.where(source_rank < 0, source_rank, source) + kernel_size - 1
-    source = source.masked_fill(source_document != document.repeat_interleave(kernel_size, 1), -1)
-    taps = source.unflatten(1, (mask.shape[1], kernel_size))
-    if padding_mask is not None:
-        taps = taps.masked_fill(padding_mask[..., None] & (back == kernel_size - 1), -1)
-    return taps
+from .backends import NAMESPACE, resolve_backend
 
 
 def causal_conv(
@@ -49,7 +20,7 @@ def causal_conv(
         x: (B, T, H).
         weight: (H, K); tap K - 1 is the token itself.
         window: (B, K - 1, H), the inputs before x[:, 0].
-        taps: of `conv_taps`; None without documents and padding.
+        taps: of `masks.conv_taps`; None without documents and padding.
         backend: as in `scan.minrnn_scan`; all but "auto" and "numba" use torch.
 
     Returns:

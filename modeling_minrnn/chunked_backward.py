@@ -20,7 +20,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .modeling_minrnn import NO_LOGITS, _padding_mask, _reset_mask
+from .masks import padding_mask_of, reset_mask_of
+from .modeling_minrnn import NO_LOGITS
 
 
 def sequence_chunked_backward(
@@ -29,9 +30,7 @@ def sequence_chunked_backward(
     """Add the gradients of `model(input_ids, labels=labels, **kwargs).loss` to the parameters; return that loss.
 
     Takes two forward passes and one backward pass. In memory at once are the activations of one chunk, and for each
-    chunk the states before it: B (D + (K - 1) H) numbers a layer. Every chunk being recomputed, gradient checkpointing
-    is off in the meantime; a smaller chunk_size saves more.
-
+    chunk the states before it. Every chunk being recomputed, gradient checkpointing is off: a smaller one saves more.
     Dropout is drawn as by reading the chunks one after the other, and drawn again alike when they are recomputed.
 
     Args:
@@ -50,37 +49,10 @@ def sequence_chunked_backward(
     cache = kwargs.pop("past_key_values", None)
     if cache is None:
         cache = DynamicCache(config=config)
-    shift_labels = kwargs.pop("shift_labels", None)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}")
-    for name, tensor in (("labels", labels), ("shift_labels", shift_labels)):
-        if tensor.shape != input_ids.shape:
-            raise ValueError(f"{name} must be {tuple(input_ids.shape)} like input_ids, not {tuple(tensor.shape)}")
-    if any(layer.is_compileable for layer in cache.layers):
-        raise ValueError("past_key_values must be a dynamic cache: a static one is overwritten, and has no gradient")
-    if config.bidirectional or kwargs.get("context_parallel_group") is not None:
-        raise ValueError("only a model that reads forwards, in one process, can be differentiated chunk by chunk")
-
-    B, T = input_ids.shape
-    padding_mask = _padding_mask(kwargs.pop("attention_mask", None), B, T)
-    # Here and not in the chunks: where documents are numbered, the first token of a chunk does not tell of a new one.
-    reset_mask = _reset_mask(
-        kwargs.pop("reset_mask", None),
-        kwargs.pop("seq_idx", None),
-        kwargs.pop("cu_seq_lens_q", None),
-        kwargs.pop("position_ids", None),
-        padding_mask,
-        B,
-        T,
-    )
-    tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
-    if padding_mask is not None:
-        tensors["attention_mask"] = ~padding_mask
-    if reset_mask is not None:
-        tensors["reset_mask"] = reset_mask
-    chunks = [dict(zip(tensors, parts)) for parts in zip(*(x.split(chunk_size, 1) for x in tensors.values()))]
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    shift_labels = shifted if (given := kwargs.pop("shift_labels", None)) is None else given
+    _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs)
+    chunks = _chunks(input_ids, shift_labels, chunk_size, kwargs)
     kwargs |= {"use_cache": False, "logits_to_keep": NO_LOGITS}  # given a cache, the model updates it all the same
     if kwargs.get("num_items_in_batch") is None:
         kwargs["num_items_in_batch"] = (shift_labels != -100).sum()
@@ -108,14 +80,53 @@ def sequence_chunked_backward(
                     torch.set_rng_state(cpu_random_state)
                     set_device_states(devices, device_random_states, device_type=device_type)
                     loss = model(**chunk, past_key_values=state, **kwargs).loss
-                roots = [(end, d_end) for end, d_end in zip(_tensors(state), d_ends) if end.requires_grad]
-                roots = [(loss, None), *(root for root in roots if root[1] is not None)]
-                ends, gradients = zip(*roots)
-                with torch.autocast(device_type, enabled=False):
-                    torch.autograd.backward(ends, gradients)
+                _backward(loss, _tensors(state), d_ends, device_type)
             d_ends = [leaf.grad for leaf in leaves] if n > 0 else []
             losses.append(loss.detach())
     return torch.stack(losses).sum()
+
+
+def _backward(loss: Tensor, ends: list[Tensor], d_ends: list[Tensor | None], device_type: str) -> None:
+    """Of a chunk: from its loss, and from the state that it ends with."""
+    roots = [(end, d_end) for end, d_end in zip(ends, d_ends) if end.requires_grad]
+    roots = [(loss, None), *(root for root in roots if root[1] is not None)]
+    tensors, gradients = zip(*roots)
+    with torch.autocast(device_type, enabled=False):
+        torch.autograd.backward(tensors, gradients)
+
+
+def _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}")
+    for name, tensor in (("labels", labels), ("shift_labels", shift_labels)):
+        if tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} must be {tuple(input_ids.shape)} like input_ids, not {tuple(tensor.shape)}")
+    if any(layer.is_compileable for layer in cache.layers):
+        raise ValueError("past_key_values must be a dynamic cache: a static one is overwritten, and has no gradient")
+    if config.bidirectional or kwargs.get("context_parallel_group") is not None:
+        raise ValueError("only a model that reads forwards, in one process, can be differentiated chunk by chunk")
+
+
+def _chunks(input_ids: Tensor, shift_labels: Tensor, size: int, kwargs: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """What the model is given for each chunk; takes the masks out of kwargs."""
+    B, T = input_ids.shape
+    padding_mask = padding_mask_of(kwargs.pop("attention_mask", None), B, T)
+    # Here and not in the chunks: where documents are numbered, the first token of a chunk does not tell of a new one.
+    reset_mask = reset_mask_of(
+        kwargs.pop("reset_mask", None),
+        kwargs.pop("seq_idx", None),
+        kwargs.pop("cu_seq_lens_q", None),
+        kwargs.pop("position_ids", None),
+        padding_mask,
+        B,
+        T,
+    )
+    tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
+    if padding_mask is not None:
+        tensors["attention_mask"] = ~padding_mask
+    if reset_mask is not None:
+        tensors["reset_mask"] = reset_mask
+    return [dict(zip(tensors, parts)) for parts in zip(*(x.split(size, 1) for x in tensors.values()))]
 
 
 class Kept:

@@ -11,10 +11,19 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .scan import BACKENDS, GATES
+from .backends import BACKENDS
+from .cells import CELLS, Cell
 
 # What PEFT adapts where its configuration names no modules: every Linear of the layers.
-LORA_TARGET_MODULES = ["in_proj", "out_proj", "up_proj", "down_proj"]
+LORA_TARGET_MODULES = ["in_proj", "gate_proj", "out_proj", "up_proj", "down_proj"]
+
+# Fields that are options of some cells, with what None stands for in them, for a state of width D.
+CELL_OPTIONS = {
+    "candidate": lambda D: "g",
+    "num_heads": lambda D: math.gcd(D, 8),
+    "memory_order": lambda D: math.gcd(D, 16),
+    "memory_window": lambda D: 256,
+}
 
 
 def refuse_misspelled(names: Iterable[str]) -> None:
@@ -51,7 +60,7 @@ def raise_value_errors(config_class):
 @raise_value_errors
 @strict
 class MinRNNConfig(PreTrainedConfig):
-    """Shape and behaviour of a MinRNN model, minGRU or minLSTM (arXiv 2410.01201).
+    """Shape and behaviour of a MinRNN model: minGRU, minLSTM (arXiv 2410.01201) or another cell of `cells.py`.
 
     Each layer is `x + conv(x)`, then `x + rnn(norm(x))`, then `x + mlp(norm(x))`. In a bidirectional one, `conv` and
     `rnn` are sums of what two of them make of the sequence, one reading it from its start and one from its end.
@@ -60,7 +69,13 @@ class MinRNNConfig(PreTrainedConfig):
         vocab_size: tokens in the vocabulary.
         hidden_size: H, width of the residual stream.
         num_hidden_layers: layers.
-        cell_type: "mingru" (one gate) or "minlstm" (forget and input gate).
+        cell_type: a name of `cells.CELLS`: "mingru" (one gate), "minlstm" (forget and input gate), "mingru_signed",
+            "aaren", "rwkv4", "lru", "rglru", "hgrn" or "lmu"; or a list of them, one for each layer.
+        candidate: of "mingru" and "minlstm": "g" (None; positive, the paper's) or "linear", a state of either sign.
+        num_heads: of "aaren", the means that share D; None for the largest of 8, 4, 2, 1 that divides D.
+        memory_order, memory_window: of "lmu", numbers of state a channel (None for the largest of 16, 8, 4, 2, 1 that
+            divides D) and the tokens that they stand for (None for 256).
+        output_gate: multiply what the recurrence gives by silu(W x), x its input.
         expansion_factor: width of the recurrent state D / H; D must come out as an integer.
         conv_kernel_size: tokens that the causal depthwise convolution sees, itself included; 0 for no convolution.
         intermediate_size: width of the MLP; None for 4 H, 0 for no MLP.
@@ -72,8 +87,9 @@ class MinRNNConfig(PreTrainedConfig):
             instead of zero.
         bidirectional: read each sequence in both directions, as an encoder does; such a model has no cache and cannot
             generate.
-        max_timescale: None, or chrono initialisation (Tallec & Ollivier 2018): a bias on the gates such that the
-            memory of the channels, 1 / -log(a), is at first log-uniform in 1..max_timescale tokens.
+        max_timescale: None, or chrono initialisation (Tallec & Ollivier 2018): a bias on the gates, or parameters of
+            the cell, such that the memory of the channels, 1 / -log(a), is at first log-uniform in 1..max_timescale
+            tokens. Not for "aaren" and "lmu".
         initializer_range: standard deviation of the initial weights; None for 1 / sqrt(H), by which a projection of a
             normed vector starts at variance 1 whatever the width. Projections into the residual stream start at
             initializer_range / sqrt(2 num_hidden_layers).
@@ -96,14 +112,19 @@ class MinRNNConfig(PreTrainedConfig):
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "padding_mask"], ["hidden_states"]),
+        "layers": (["hidden_states", "masks"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
     vocab_size: int = 256
     hidden_size: int = 384
     num_hidden_layers: int = 6
-    cell_type: str = "mingru"
+    cell_type: str | list[str] = "mingru"
+    candidate: str | None = None
+    num_heads: int | None = None
+    memory_order: int | None = None
+    memory_window: int | float | None = None
+    output_gate: bool = False
     expansion_factor: int | float = 1
     conv_kernel_size: int = 4
     intermediate_size: int | None = None
@@ -128,6 +149,9 @@ class MinRNNConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.initializer_range is None:
             self.initializer_range = max(self.hidden_size, 1) ** -0.5  # a width below 1 is refused, but later
+        for name, default in CELL_OPTIONS.items():
+            if getattr(self, name) is None and self._has_option(name) and math.isfinite(self.expansion_factor):
+                setattr(self, name, default(self.state_size))
         if self.use_cache is None:
             self.use_cache = not self.bidirectional
         if self.bidirectional:  # transformers warns of rules for modules that are not there
@@ -162,6 +186,23 @@ class MinRNNConfig(PreTrainedConfig):
         return round(self.hidden_size * self.expansion_factor)
 
     @property
+    def cell_types(self) -> list[str]:
+        """The cell of each layer, by name."""
+        return [self.cell_type] * self.num_hidden_layers if isinstance(self.cell_type, str) else list(self.cell_type)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cell of each layer, with its options."""
+        cells = [CELLS[name] for name in self.cell_types]
+        return [
+            cell(**{name: getattr(self, name) for name in CELL_OPTIONS if name in cell.__dataclass_fields__})
+            for cell in cells
+        ]
+
+    def _has_option(self, name: str) -> bool:
+        return any(name in CELLS[cell].__dataclass_fields__ for cell in self.cell_types if cell in CELLS)
+
+    @property
     def layer_types(self) -> list[str]:
         """The kind of cache that each layer keeps, see `cache_minrnn`."""
         return ["minrnn"] * self.num_hidden_layers
@@ -188,11 +229,32 @@ class MinRNNConfig(PreTrainedConfig):
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.bidirectional and self.use_cache:
             raise ValueError("use_cache must be False where bidirectional is True: there is no state to go on from")
-        if self.max_timescale is not None and not 1 <= self.max_timescale < math.inf:
-            raise ValueError(f"max_timescale must be None or a number of tokens >= 1, not {self.max_timescale}")
-        for name, known in (("cell_type", GATES), ("scan_backend", BACKENDS), ("hidden_act", ACT2FN)):
+        for name in ("max_timescale", "memory_window"):
+            tokens = getattr(self, name)
+            if tokens is not None and not 1 <= tokens < math.inf:
+                raise ValueError(f"{name} must be None or a number of tokens >= 1, not {tokens}")
+        for name, known in (("scan_backend", BACKENDS), ("hidden_act", ACT2FN)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {sorted(known)}, not {getattr(self, name)!r}")
+        self._validate_cells()
+
+    def _validate_cells(self):
+        for name in self.cell_types:
+            if name not in CELLS:  # nor is the name of a cell with options
+                raise ValueError(f"cell_type must be one of {sorted(CELLS)}, not {name!r}")
+        if len(self.cell_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"cell_type must be one name, or {self.num_hidden_layers} names for as many layers, not "
+                f"{len(self.cell_types)}"
+            )
+        for name in CELL_OPTIONS:
+            if getattr(self, name) is not None and not self._has_option(name):
+                having = [cell for cell in CELLS if name in CELLS[cell].__dataclass_fields__]
+                raise ValueError(f"{name} is an option of {' and '.join(having)}, not of {self.cell_type}")
+        for cell in self.cells:
+            cell.blocks(self.state_size)
+        if self.max_timescale is not None and not any(cell.remembers_by for cell in self.cells):
+            raise ValueError(f"max_timescale sets the memory of gates, which {self.cell_type} does not have")
 
 
 __all__ = ["MinRNNConfig"]

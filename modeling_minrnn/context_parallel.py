@@ -1,20 +1,24 @@
 """One long sequence over the processes of a group: each holds a chunk of it, and reads on from the chunks before.
 
-B batch, T time of a chunk, D state width, H channels, K convolution kernel size. Chunks may differ in length; they
-follow each other in the order of the ranks. What a chunk makes of the state that it starts from is an affine map, and
-so is what it makes of the convolution window: the maps are exchanged in one small all-gather, whatever T is, and each
-rank applies those of the ranks before it, in their order. The maps come from the scan and the window themselves.
+B batch, T time of a chunk, D width of h, E log-sums, H channels, K convolution kernel size. Chunks may differ in
+length; they follow each other in the order of the ranks. What a chunk makes of the state that it starts from is a map
+of a few numbers, and so is what it makes of the convolution window: the maps are exchanged in a small all-gather,
+whatever T is, and each rank applies those of the ranks before it, in their order.
 
 Gradients are those of the sum of the ranks' losses: sum them over the group. What every rank returns alike, the state
 and the window after the last chunk, counts once, on the last rank.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .causal_conv import windows_after
-from .scan import GATES, _scan, _scan_backward
+from .cells import NOTHING_SEEN
+from .operators import ScanInputs, scan
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -22,71 +26,6 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     gathered = x.new_empty(group.size(), *x.shape)
     dist.all_gather(list(gathered), x.contiguous(), group=group)
     return gathered
-
-
-class ContextParallelScan(torch.autograd.Function):
-    """`scan.minrnn_scan` of this rank's chunk; `initial_state` is the state before the first chunk.
-
-    The state after a chunk is decay * (state before it) + end: end is what a scan from zero ends with, and decay, the
-    product of a, what a scan from one ends with where nothing comes in. Backwards, the gradient of the state before a
-    chunk is decay * (that of the state after it) + what the chunk itself adds: its own backward with zero after it.
-
-    Sent by each rank and layer: 2 B D numbers of the state's dtype forwards, B D backwards.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        projected: Tensor,
-        cell_type: str,
-        initial_state: Tensor,
-        reset_state: Tensor,
-        reset_mask: Tensor | None,
-        padding_mask: Tensor | None,
-        backend: str,
-        group: dist.ProcessGroup,
-    ) -> tuple[Tensor, Tensor]:
-        def final_state(projected: Tensor, state: Tensor, reset_state: Tensor) -> Tensor:
-            return _scan(projected, cell_type, state, reset_state, reset_mask, padding_mask, backend)[1]
-
-        nothing_in = projected.clone()
-        nothing_in.chunk(GATES[cell_type], -1)[-1].fill_(torch.finfo(projected.dtype).min)  # g of this is zero
-        decay = final_state(nothing_in, torch.ones_like(initial_state), torch.zeros_like(reset_state))
-        del nothing_in
-        end = final_state(projected, torch.zeros_like(initial_state), reset_state)
-
-        decays, ends = all_gather(torch.stack([decay, end]), group).unbind(1)
-        starts = [initial_state]
-        for decay, end in zip(decays, ends):
-            starts.append(torch.addcmul(end, decay, starts[-1]))
-        rank = group.rank()
-        start, later_decays = starts[rank], decays[rank + 1 :].clone()
-        states, _ = _scan(projected, cell_type, start, reset_state, reset_mask, padding_mask, backend)
-        ctx.cell_type, ctx.backend, ctx.group = cell_type, backend, group
-        ctx.save_for_backward(projected, start, reset_state, reset_mask, padding_mask, states, later_decays)
-        return states, starts[-1].clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_states: Tensor, d_final_state: Tensor):
-        projected, start, reset_state, reset_mask, padding_mask, states, later_decays = ctx.saved_tensors
-        rank = ctx.group.rank()
-
-        def gradients(d_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return _scan_backward(
-                projected, ctx.cell_type, start, reset_state, reset_mask, padding_mask, ctx.backend,
-                states, d_states, d_end,
-            )  # fmt: skip
-
-        d_end = torch.zeros_like(start) if len(later_decays) else d_final_state
-        d_projected, d_start, d_reset_state = gradients(d_end)
-        later_d_starts = all_gather(d_start, ctx.group)[rank + 1 :]
-        if len(later_decays):
-            for decay, d_start in zip(later_decays.flip(0), later_d_starts.flip(0)):
-                d_end = torch.addcmul(d_start, decay, d_end)
-            d_projected, d_start, d_reset_state = gradients(d_end)
-        d_initial_state = d_start if rank == 0 else torch.zeros_like(d_start)
-        return d_projected, None, d_initial_state, d_reset_state, None, None, None, None
 
 
 class AllGather(torch.autograd.Function):
@@ -105,6 +44,87 @@ class AllGather(torch.autograd.Function):
         return d_gathered[ctx.group.rank()], None
 
 
+def _chain(start: Tensor, own: Tensor, apply: Callable, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """What each rank starts from, and what is left after the last one, when the map of each chunk is apply(own, x)."""
+    values = [start]
+    for sent in AllGather.apply(own, group):
+        values.append(apply(sent, values[-1]))
+    last = values[-1] if group.rank() == group.size() - 1 else values[-1].detach()
+    # Out of one tensor: the first rank has no use for what was gathered, but must take part in its backward.
+    return torch.stack(values)[group.rank()], last
+
+
+def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`operators.scan` of this rank's chunk, and the state that the chunk starts from; `initial_state` is the state
+    before the first chunk.
+
+    The h after a chunk is decay * (h before it) + end: decay is the product of a, end what a scan from zero ends with.
+    The L after it is log(exp(L before it + log_decay) + exp(end)), and is settled first, as the gates depend on it.
+
+    Sent by each rank and layer: 2 B (D + E) numbers of the state's dtype, as many backwards.
+    """
+    if inputs.backend == "loop":
+        raise ValueError('the "loop" backend reads a sequence in one process; use "torch" with a group')
+    cell, D = inputs.cell, inputs.D
+    if cell.system is not None:
+        raise ValueError(f"{cell.name!r} reads a sequence in one process: its matrix has no decay to send on")
+    h, L = inputs.initial_state.tensor_split([D], -1)
+    last_L = L
+    if L.shape[-1]:
+        from_nothing = torch.cat([torch.zeros_like(h), torch.full_like(L, NOTHING_SEEN)], -1)
+        end = scan(inputs._replace(initial_state=from_nothing))[2][:, D:]
+        log_decay = _total(cell.log_sum_gates(_readable(inputs), inputs.parameters).log_decay, inputs, end)
+        L, last_L = _chain(L, torch.stack([log_decay, end]), lambda own, x: torch.logaddexp(x + own[0], own[1]), group)
+    _, log_sums, end = scan(inputs._replace(initial_state=torch.cat([torch.zeros_like(h), L], -1)))
+    before = torch.cat([L[:, None], log_sums[:, :-1]], 1)
+    if inputs.reset_mask is not None:
+        before = torch.where(inputs.reset_mask[..., None], inputs.reset_state[D:], before)
+    terms = cell.gates(_readable(inputs), inputs.parameters, before)
+    multiply = complex_product if getattr(terms, "phase", None) is not None else torch.mul
+    own = torch.stack([_decay(terms, inputs), end[:, :D]])
+    h, last_h = _chain(h, own, lambda own, x: multiply(own[0], x) + own[1], group)
+    start = torch.cat([h, L], -1)
+    states, log_sums, _ = scan(inputs._replace(initial_state=start))
+    return states, log_sums, torch.cat([last_h, last_L], -1), start
+
+
+def _readable(inputs: ScanInputs) -> Tensor:
+    """`projected` in the dtype of the state, zero where padding: whatever is there, its gradient is zero."""
+    projected = inputs.projected.to(inputs.initial_state.dtype)
+    return projected if inputs.padding_mask is None else projected.masked_fill(inputs.padding_mask[..., None], 0)
+
+
+def _total(x: Tensor, inputs: ScanInputs, like: Tensor, after_reset: float = -math.inf) -> Tensor:
+    """The sum (B, N) of x over the chunk, like (B, N), without padding; `after_reset` where there is a reset."""
+    x = x.expand(*inputs.projected.shape[:2], like.shape[-1]).double()
+    if inputs.padding_mask is not None:
+        x = x.masked_fill(inputs.padding_mask[..., None], 0)
+    total = x.sum(1)
+    if inputs.reset_mask is not None:
+        total = total.masked_fill(inputs.reset_mask.any(1, keepdim=True), after_reset)
+    return total.to(like.dtype)
+
+
+def _decay(terms, inputs: ScanInputs) -> Tensor:
+    """The product of a over the chunk: (B, D), or (B, 2 N) [real | imaginary]."""
+    turned = getattr(terms, "phase", None) is not None
+    like = inputs.initial_state[:, : inputs.D // 2 if turned else inputs.D]
+    decay = _total(terms.log_decay, inputs, like).exp()
+    if turned:
+        angle = _total(terms.phase, inputs, like.double(), 0)
+        return torch.cat([decay * angle.cos(), decay * angle.sin()], -1).to(like.dtype)
+    if getattr(terms, "sign", None) is not None:
+        negative = _total((terms.sign < 0).to(like.dtype), inputs, like, 0)
+        decay = decay * (1 - 2 * (negative % 2))
+    return decay
+
+
+def complex_product(x: Tensor, y: Tensor) -> Tensor:
+    """Of complex numbers [real | imaginary]."""
+    (a, b), (c, d) = x.chunk(2, -1), y.chunk(2, -1)
+    return torch.cat([a * c - b * d, a * d + b * c], -1)
+
+
 def conv_windows(x: Tensor, window: Tensor, taps: Tensor | None, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The convolution windows (B, K - 1, H) before this rank's chunk and after the last one.
 
@@ -114,17 +134,12 @@ def conv_windows(x: Tensor, window: Tensor, taps: Tensor | None, group: dist.Pro
     Args:
         x: (B, T, H), this rank's chunk.
         window: (B, K - 1, H), before the first chunk.
-        taps: of `causal_conv.conv_taps`, for this chunk alone.
+        taps: of `masks.conv_taps`, for this chunk alone.
     """
     (B, T, H), size = x.shape, window.shape[1]
     own = windows_after(x, torch.zeros_like(window), taps, T - 1)[0]
     positions = torch.arange(size, device=x.device)
     source = (positions + T).expand(B, -1) if taps is None else taps[:, -1, 1:]
     moved = (source[..., None] == positions).to(x.dtype)
-    windows = [window]
-    for sent in AllGather.apply(torch.cat([own, moved], -1), group):
-        own, moved = sent.split([H, size], -1)
-        windows.append(own + moved @ windows[-1])
-    final = windows[-1] if group.rank() == group.size() - 1 else windows[-1].detach()
-    # Out of one tensor: the first rank has no use for what was gathered, but must take part in its backward.
-    return torch.stack(windows)[group.rank()], final
+    own = torch.cat([own, moved], -1)
+    return _chain(window, own, lambda own, window: own[..., :H] + own[..., H:] @ window, group)

@@ -1,13 +1,14 @@
 """Language models of the package minGRU-pytorch (PyPI, version 0.2.1) as MinRNN models with the same logits."""
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .cells import cell_of
 from .configuration_minrnn import MinRNNConfig
 from .modeling_minrnn import MinRNNForCausalLM
-from .scan import GATES
 
 PROJECTIONS = {"mingru": "to_hidden_and_gate", "minlstm": "to_hidden_and_f_i_gate"}
 CONVOLUTION = re.compile(r"layers\.\d+\.0\.net\.")
@@ -27,16 +28,12 @@ def convert_mingru_pytorch(state_dict: dict[str, Tensor]) -> MinRNNForCausalLM:
     Not convertible are `enable_conv=True`, whose convolution has biases and mixes the channels, the models with
     attention (`hybrid`, `hybridLM`), and `prev_hiddens`. `dropout` is in no state dict; the model has none.
 
-    Args:
-        state_dict: of a `minLM`. Its tensors are copied; their dtype becomes that of the model.
-
-    Raises:
-        ValueError: a state dict with a convolution, or with names that are not those of a `minLM`.
+    The tensors of state_dict are copied; their dtype becomes that of the model.
+    Raises ValueError for a state dict with a convolution, or with names that are not those of a `minLM`.
     """
-    convolutions = [name for name in state_dict if CONVOLUTION.match(name)]
-    if convolutions:
+    for name in filter(CONVOLUTION.match, state_dict):
         raise ValueError(
-            f"{convolutions[0]}: a model with enable_conv=True cannot be converted, its convolution mixes the channels"
+            f"{name}: a model with enable_conv=True cannot be converted, its convolution mixes the channels"
         )
     rest = dict(state_dict)
 
@@ -55,24 +52,11 @@ def convert_mingru_pytorch(state_dict: dict[str, Tensor]) -> MinRNNForCausalLM:
         "lm_head.weight": take("to_logits.weight"),
     }
     for i in range(num_layers):
-        theirs, ours = f"layers.{i}.", f"model.layers.{i}."
-        candidate, *gates = take(f"{theirs}2.{PROJECTIONS[cell_type]}.weight").chunk(GATES[cell_type])
-        D = len(candidate)
-        has_output = f"{theirs}2.to_out.weight" in rest or D != H
-        weights |= {
-            ours + "rnn_norm.weight": take(theirs + "1.weight"),
-            ours + "rnn.in_proj.weight": torch.cat([*gates, candidate]),
-            ours + "rnn.out_proj.weight": take(theirs + "2.to_out.weight") if has_output else torch.eye(H),
-            ours + "mlp_norm.weight": take(theirs + "3.weight"),
-            ours + "mlp.up_proj.weight": take(theirs + "4.0.weight"),
-            ours + "mlp.up_proj.bias": take(theirs + "4.0.bias"),
-            ours + "mlp.down_proj.weight": take(theirs + "4.2.weight"),
-            ours + "mlp.down_proj.bias": take(theirs + "4.2.bias"),
-        }
+        weights |= _layer(take, i, cell_type, len(weights["model.norm.weight"]), rest)
+    D = weights["model.layers.0.rnn.out_proj.weight"].shape[1] if num_layers else 0
     if rest or not num_layers:
-        raise ValueError(
-            f"this is not the state dict of a minLM of minGRU-pytorch 0.2.1: {next(iter(rest), 'no layers')}"
-        )
+        what = next(iter(rest), "no layers")
+        raise ValueError(f"this is not the state dict of a minLM of minGRU-pytorch 0.2.1: {what}")
     config = MinRNNConfig(
         vocab_size=vocab_size,
         hidden_size=H,
@@ -88,6 +72,23 @@ def convert_mingru_pytorch(state_dict: dict[str, Tensor]) -> MinRNNForCausalLM:
     model = MinRNNForCausalLM(config).to(embedding.dtype).eval()
     model.load_state_dict(weights)
     return model
+
+
+def _layer(take: Callable[[str], Tensor], i: int, cell_type: str, H: int, rest: dict) -> dict[str, Tensor]:
+    """The weights of layer i, by our names."""
+    theirs, ours = f"layers.{i}.", f"model.layers.{i}."
+    candidate, *gates = take(f"{theirs}2.{PROJECTIONS[cell_type]}.weight").chunk(len(cell_of(cell_type).blocks(0)))
+    has_output = f"{theirs}2.to_out.weight" in rest or len(candidate) != H
+    return {
+        ours + "rnn_norm.weight": take(theirs + "1.weight"),
+        ours + "rnn.in_proj.weight": torch.cat([*gates, candidate]),
+        ours + "rnn.out_proj.weight": take(theirs + "2.to_out.weight") if has_output else torch.eye(H),
+        ours + "mlp_norm.weight": take(theirs + "3.weight"),
+        ours + "mlp.up_proj.weight": take(theirs + "4.0.weight"),
+        ours + "mlp.up_proj.bias": take(theirs + "4.0.bias"),
+        ours + "mlp.down_proj.weight": take(theirs + "4.2.weight"),
+        ours + "mlp.down_proj.bias": take(theirs + "4.2.bias"),
+    }
 
 
 __all__ = ["convert_mingru_pytorch"]

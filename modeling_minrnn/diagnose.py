@@ -6,25 +6,25 @@ B batch, T time, D state width, N real tokens.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .scan import GATES, log_odds
+from .cells import Cell
 
 SATURATED = 0.99  # a gate beyond this, or below 1 - this, has hardly a gradient
+SMALLEST_LOG = -104.0  # of float32: what a first token leaves of a state that has seen nothing is zero
 
 
 class StateReport:
-    """One recurrence h[t] = a[t] * h[t-1] + (1 - a[t]) * c[t] over the N tokens that it was shown.
+    """One recurrence h[t] = a[t] * h[t-1] + b[t] over the N tokens that it was shown.
 
     Attributes:
         name: of the module, such as "layers.0.rnn".
-        timescales: (D,) in tokens, > 0: -1 / (mean over t of log a[t]). Of what a channel held, 1/e is left after so
-            many tokens.
-        remembering, forgetting: share, 0..1, of the N * D gates with a > 0.99, and with a < 0.01.
+        timescales: (D,) in tokens, > 0: -1 / (mean over t of log |a[t]|). Of what a channel held, 1/e is left after so
+            many tokens. One for each complex number of "lru"; the window of "lmu".
+        remembering, forgetting: share, 0..1, of the gates with |a| > 0.99, and with |a| < 0.01.
         mean_norm: mean over t of sqrt(mean over channels of h[t]^2).
-        largest_state: the largest |h[t]| of all channels. No state is larger than the largest candidate c[t] and the
-            state at the start: it is a mean of these.
+        largest_state: the largest |h[t]| of all channels. Where b = (1 - a) * c no state is larger than the largest
+            candidate c[t] and the state at the start: it is a mean of these.
     """
 
     def __init__(self, name: str):
@@ -32,20 +32,27 @@ class StateReport:
         self._log_a = torch.zeros(())
         self._remembering = self._forgetting = self._norm = 0.0
 
-    def add(self, projected: Tensor, states: Tensor, cell_type: str, padding_mask: Tensor | None) -> None:
-        """projected (B, T, 2 D or 3 D) and states (B, T, D) of `scan.minrnn_scan`; what is padding does not count."""
-        if padding_mask is not None:
-            projected, states = projected[~padding_mask], states[~padding_mask]
-        projected, states = projected.flatten(0, -2).float(), states.flatten(0, -2).float()
+    def add(
+        self, cell: Cell, projected: Tensor, parameters: Tensor, start: Tensor, states: Tensor, padding: Tensor | None
+    ) -> None:
+        """What a cell made of projected (B, T, width): states (B, T, S), after `start` (B, S); padding (B, T) does not
+        count."""
+        D = cell.state_width(projected.shape[-1])
+        log_sums = torch.cat([start[:, None], states.to(start.dtype)[:, :-1]], 1)[..., D:]
+        log_decay = cell.log_decay(projected.to(start.dtype), parameters, log_sums)
+        log_decay = log_decay.expand(*states.shape[:2], -1).clamp(min=SMALLEST_LOG)
+        states, real = (
+            states[..., :D],
+            torch.ones_like(states[..., 0], dtype=torch.bool) if padding is None else ~padding,
+        )
+        log_decay, states = log_decay[real].float(), states[real].float()
         if not len(states):
             return
-        odds = log_odds(projected.split(states.shape[-1], -1)[: GATES[cell_type] - 1])
-        threshold = math.log(SATURATED / (1 - SATURATED))
         self.tokens += len(states)
         self.largest_state = max(self.largest_state, states.abs().max().item())
-        self._log_a = self._log_a - F.softplus(odds).sum(0)
-        self._remembering += (odds < -threshold).float().mean(-1).sum().item()
-        self._forgetting += (odds > threshold).float().mean(-1).sum().item()
+        self._log_a = self._log_a + log_decay.sum(0)
+        self._remembering += (log_decay > math.log(SATURATED)).float().mean(-1).sum().item()
+        self._forgetting += (log_decay < math.log(1 - SATURATED)).float().mean(-1).sum().item()
         self._norm += states.square().mean(-1).sqrt().sum().item()
 
     @property

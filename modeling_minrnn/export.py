@@ -19,9 +19,13 @@ from torch._higher_order_ops.scan import scan
 from torch.export import Dim, ExportedProgram
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from .backends import NAMESPACE
 from .causal_conv import causal_conv
+from .cells import cell_of
+from .dense_recurrence import dense_step
 from .modeling_minrnn import MinRNNForCausalLM
-from .scan import NAMESPACE, minrnn_scan
+from .scan import step_loop
+from .scan_blocks import ScanInputs
 
 
 class FlatState(nn.Module):
@@ -62,18 +66,27 @@ def export_programs(model: MinRNNForCausalLM) -> dict[str, ExportedProgram]:
     }
 
 
-def _plain_scan(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, backend):
+def _plain_scan(projected, parameters, initial_state, reset_state, reset_mask, padding_mask, spec, backend):
     """The scan as torch's higher-order operator, which ONNX has too, around a single step of this package's own."""
     assert reset_mask is None, "exported programs read one document a row"
+    cell = cell_of(spec)
+    if cell.system is not None:  # number by number: what is decomposed may hold no new constants
+        A, B = (torch.stack([torch.full((), y) for y in x.ravel().tolist()]).view(x.shape) for x in cell.system)
 
-    def step(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def step(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         projected, padding = (x[:, None] for x in token)
-        states, state = minrnn_scan(projected, cell_type, state, padding_mask=padding, backend="loop")
-        return state, states[:, 0].clone()  # what is carried and what is returned may not share memory
+        if cell.system is not None:
+            new = torch.where(padding, state, dense_step(A, B, projected[:, 0].masked_fill(padding, 0), state))
+            return new, (new.clone(), new[:, :0].clone())
+        states, log_sums, state = step_loop(
+            ScanInputs(projected, parameters, state, reset_state, None, padding, cell, "loop")
+        )
+        # What is carried and what is returned may not share memory.
+        return state, (states[:, 0].clone(), log_sums[:, 0].clone())
 
     tokens = (projected.transpose(0, 1), padding_mask.transpose(0, 1))
-    final_state, states = scan(step, initial_state.contiguous(), tokens)
-    return states.transpose(0, 1), final_state
+    final_state, (states, log_sums) = scan(step, initial_state.contiguous(), tokens)
+    return states.transpose(0, 1), log_sums.transpose(0, 1), final_state
 
 
 def _plain_conv(x, weight, window, taps):

@@ -1,8 +1,8 @@
-"""MinRNN models for transformers: minGRU and minLSTM (arXiv 2410.01201) as language models and encoders.
+"""MinRNN models for transformers: minGRU, minLSTM (arXiv 2410.01201) and their kin as language models and encoders.
 
-B batch, T time, H hidden size, D state width, K convolution kernel size. A batch goes through MinRNNForCausalLM ->
-MinRNNModel -> MinRNNDecoderLayer -> `causal_conv` and `minrnn_scan`. Generation takes the same way with T = 1, and
-with the state from the cache as the initial state.
+B batch, T time, H hidden size, D width of h, S numbers of state, K convolution kernel size. A batch goes through
+MinRNNForCausalLM -> MinRNNModel -> MinRNNDecoderLayer -> `causal_conv` and `scan_states`. Generation takes the same
+way with T = 1, and with the state from the cache as the initial state.
 """
 
 import math
@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -34,11 +35,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_minrnn import MAX_ROLLBACK_TOKENS, MinRNNDynamicLayer
-from .causal_conv import causal_conv, conv_taps, windows_after
+from .causal_conv import causal_conv, windows_after
+from .cells import cell_of
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import all_gather, conv_windows
 from .diagnose import StateReport
-from .scan import GATES, minrnn_scan, state_dtype
+from .masks import NO_MASKS, Masks, padding_mask_of, reset_mask_of
+from .scan import scan_states, stack_parameters, state_dtype
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -81,70 +84,75 @@ class MinRNNCausalConv(nn.Module):
 
 
 class MinRNNRecurrence(nn.Module):
-    """in_proj -> scan -> out_proj."""
+    """in_proj -> scan -> out_proj; with config.output_gate, gated by silu(gate_proj) in between."""
 
     initial_state: nn.Parameter | None
 
-    def __init__(self, config: MinRNNConfig):
+    def __init__(self, config: MinRNNConfig, layer_idx: int):
         super().__init__()
-        self.cell_type, self.backend = config.cell_type, config.scan_backend
-        self.state_size = config.state_size  # of this process, under tensor parallelism
-        width = GATES[config.cell_type] * config.state_size
-        self.in_proj = nn.Linear(config.hidden_size, width, bias=config.max_timescale is not None)
-        self.out_proj = nn.Linear(config.state_size, config.hidden_size, bias=False)
-        if config.learned_initial_state:
-            self.initial_state = nn.Parameter(torch.empty(config.state_size))
-        else:
-            self.initial_state = None
+        self.layer_idx, self.backend = layer_idx, config.scan_backend
+        # Loaded from the Hub, a configuration has its own copy of cells.py, whose classes are not those of the scan.
+        self.cell = cell_of(config.cells[layer_idx].spec)
+        D = self.state_size = config.state_size  # of this process, under tensor parallelism
+        bias = config.max_timescale is not None and self.cell.remembers_by == "bias"
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.cell.blocks(D)), bias=bias)
+        self.gate_proj = nn.Linear(config.hidden_size, D, bias=False) if config.output_gate else None
+        self.out_proj = nn.Linear(D, config.hidden_size, bias=False)
+        for name in self.cell.parameter_names:
+            self.register_parameter(name, nn.Parameter(torch.empty(self.cell.parameter_channels(D))))
+        start = nn.Parameter(torch.empty(D + self.cell.log_sums(D))) if config.learned_initial_state else None
+        self.register_parameter("initial_state", start)
 
-    def start(self, batch_size: int, like: Tensor) -> Tensor:
-        """The state (B, D) of a sequence before its first token."""
-        dtype, initial_state = state_dtype(like.dtype), self.own_initial_state()
-        if initial_state is None:
-            return like.new_zeros(batch_size, self.state_size, dtype=dtype)
-        return initial_state.to(dtype).expand(batch_size, -1)
+    def start(self, like: Tensor) -> Tensor:
+        """The state (S,) of a sequence before its first token."""
+        if self.initial_state is None:
+            return self.cell.start(self.state_size, state_dtype(like.dtype), like.device)
+        return local(self.initial_state).to(state_dtype(like.dtype))
 
-    def own_initial_state(self) -> Tensor | None:
-        """(D,), of this process under tensor parallelism."""
-        return getattr(self.initial_state, "to_local", lambda: self.initial_state)()
+    def parameters_of_cell(self, like: Tensor) -> Tensor:
+        return stack_parameters(
+            self.cell, {name: local(getattr(self, name)) for name in self.cell.parameter_names}, like
+        )
 
     def forward(
         self,
         hidden_states: Tensor,
-        reset_mask: Tensor | None = None,
-        padding_mask: Tensor | None = None,
+        masks: Masks = NO_MASKS,
         cache_layer: MinRNNDynamicLayer | None = None,
         group: "torch.distributed.ProcessGroup | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, D), final state (B, D).
+        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S).
 
-        cache_layer: holds the state to go on from.
+        cache_layer: holds the state to continue from.
         """
         # Within this forward, as parameters may be offloaded or sharded outside that of their own module.
-        state = self.start(hidden_states.shape[0], hidden_states)
+        reset_state = self.start(hidden_states)
+        state = reset_state.expand(hidden_states.shape[0], -1)
         exact_states = False
         if cache_layer is not None:
             # A state to go back to must be as exact as the final one, whatever the dtype of the model.
             state, exact_states = cache_layer.get_state(state), cache_layer.record_past
-        return self.go_on(hidden_states, state, reset_mask, padding_mask, exact_states, group)
-
-    def go_on(self, hidden_states, state, reset_mask=None, padding_mask=None, exact_states=False, group=None):
-        """As `forward`, from a state (B, D).
-
-        exact_states: return every state as precisely as the final one.
-        """
         projected = self.in_proj(hidden_states)
-        states, final_state = minrnn_scan(
+        scanned = scan_states(
             projected.to(state.dtype) if exact_states else projected,
-            self.cell_type,
+            self.cell,
             state,
-            reset_mask=reset_mask,
-            padding_mask=padding_mask,
-            reset_state=self.own_initial_state(),
-            backend=self.backend,
-            group=group,
+            self.parameters_of_cell(projected),
+            masks.reset,
+            masks.padding,
+            reset_state,
+            self.backend,
+            group,
         )
-        return self.out_proj(states.to(projected.dtype)), states, final_state
+        outputs = scanned.outputs.to(projected.dtype)
+        if self.gate_proj is not None:
+            outputs = outputs * F.silu(self.gate_proj(hidden_states))
+        return self.out_proj(outputs), scanned.all_states(), scanned.final_state
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, under tensor parallelism."""
+    return getattr(parameter, "to_local", lambda: parameter)()
 
 
 class MinRNNMLP(nn.Module):
@@ -173,11 +181,11 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         if self.has_conv:
             self.conv = MinRNNCausalConv(config)
         self.rnn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rnn = MinRNNRecurrence(config)
+        self.rnn = MinRNNRecurrence(config, layer_idx)
         if config.bidirectional:
             if self.has_conv:
                 self.reverse_conv = MinRNNCausalConv(config)
-            self.reverse_rnn = MinRNNRecurrence(config)
+            self.reverse_rnn = MinRNNRecurrence(config, layer_idx)
         if self.has_mlp:
             self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = MinRNNMLP(config)
@@ -186,17 +194,15 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        padding_mask: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-        taps: Tensor | None = None,
+        masks: Masks = NO_MASKS,
         past_key_values: Cache | None = None,
-        reverse_masks: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
+        reverse_masks: Masks | None = None,
         context_parallel_group: "torch.distributed.ProcessGroup | None" = None,
         num_tokens: int | None = None,
     ) -> Tensor:
         """
         Args:
-            reverse_masks: padding_mask, reset_mask and taps of the sequence read from its end, where bidirectional.
+            reverse_masks: of the sequence read from its end, where bidirectional.
             num_tokens: tokens that the cache moves on by, those of all ranks of the group; None for T.
         """
         B, T, H = hidden_states.shape
@@ -208,26 +214,25 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         conv_input = hidden_states
         final_window = None
         if context_parallel_group is not None and self.window_size:
-            window, final_window = conv_windows(conv_input, window, taps, context_parallel_group)
+            window, final_window = conv_windows(conv_input, window, masks.taps, context_parallel_group)
         if self.has_conv:
-            hidden_states = hidden_states + self.conv(conv_input, window, taps)
+            hidden_states = hidden_states + self.conv(conv_input, window, masks.taps)
             if reverse_masks is not None:
-                hidden_states = hidden_states + self.reverse_conv(conv_input.flip(1), window, reverse_masks[2]).flip(1)
+                from_end = self.reverse_conv(conv_input.flip(1), window, reverse_masks.taps)
+                hidden_states = hidden_states + from_end.flip(1)
         rnn_input = self.rnn_norm(hidden_states)
-        output, states, final_state = self.rnn(
-            rnn_input, reset_mask, padding_mask, cache_layer, context_parallel_group
-        )
+        output, states, final_state = self.rnn(rnn_input, masks, cache_layer, context_parallel_group)
         if reverse_masks is not None:
-            reverse_padding_mask, reverse_reset_mask, _ = reverse_masks
-            reverse_output, *_ = self.reverse_rnn(rnn_input.flip(1), reverse_reset_mask, reverse_padding_mask)
-            output = output + reverse_output.flip(1)
+            from_end, *_ = self.reverse_rnn(rnn_input.flip(1), reverse_masks)
+            output = output + from_end.flip(1)
         hidden_states = hidden_states + self.dropout(output)
         if self.has_mlp:
             hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
         if cache_layer is not None:
             first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if cache_layer.record_past else T - 1
-            windows = windows_after(conv_input, window, taps, first) if final_window is None else [final_window]
+            whole = final_window is None  # in this process
+            windows = windows_after(conv_input, window, masks.taps, first) if whole else [final_window]
             past = [(states[:, t].clone(), w) for t, w in enumerate(windows, first)] if cache_layer.record_past else ()
             cache_layer.update(final_state, windows[-1], num_tokens=num_tokens or T, past=past)
         return hidden_states
@@ -272,9 +277,13 @@ class MinRNNPreTrainedModel(PreTrainedModel):
             init.normal_(module.out_proj.weight, std=residual_std)
             if module.initial_state is not None:
                 init.zeros_(module.initial_state)
-            if config.max_timescale is not None:
-                bias = module.in_proj.bias
-                init.copy_(bias, _chrono_bias(config.cell_type, config.max_timescale, bias))
+            values = module.cell.initial_parameters(
+                module.state_size, module.layer_idx, config.num_hidden_layers, config.max_timescale,
+                module.in_proj.weight.device,
+            )  # fmt: skip
+            for name, value in values.items():
+                parameter = module.in_proj.bias if name == "bias" else getattr(module, name)
+                init.copy_(parameter, value.to(parameter.dtype))
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh):
@@ -310,8 +319,13 @@ class MinRNNPreTrainedModel(PreTrainedModel):
 
         def listen_to(report: StateReport) -> Callable:
             def listen(rnn, arguments, output):
-                hidden_states, _, padding_mask, *_ = arguments
-                report.add(rnn.in_proj(hidden_states), output[1], rnn.cell_type, padding_mask)
+                hidden_states, masks = arguments[:2]
+                cache_layer = arguments[2] if len(arguments) > 2 else None
+                start = rnn.start(hidden_states).expand(len(hidden_states), -1)
+                start = start if cache_layer is None else cache_layer.get_state(start)
+                projected = rnn.in_proj(hidden_states)
+                parameters = rnn.parameters_of_cell(projected)
+                report.add(rnn.cell, projected, parameters, start, output[1], masks.padding)
 
             return listen
 
@@ -339,17 +353,6 @@ def _is_damaged(file: Path) -> bool:
             return False
     except SafetensorError:
         return True
-
-
-def _chrono_bias(cell_type: str, max_timescale: float, like: Tensor) -> Tensor:
-    """Bias of in_proj such that a = exp(-1 / timescale) for an input of zero, the timescales log-uniform in
-    1..max_timescale tokens (Tallec & Ollivier 2018, arXiv 1804.11188)."""
-    D = len(like) // GATES[cell_type]
-    timescale = torch.exp(torch.rand(D, device=like.device) * math.log(max_timescale))
-    remember = -torch.log(torch.expm1(1 / timescale))  # logit of a
-    # minLSTM with the opposite bias on its input gate has i = 1 - f, and so a = f / (f + i) = f.
-    gates = [-remember] if cell_type == "mingru" else [remember, -remember]
-    return torch.cat([*gates, torch.zeros_like(remember)]).to(like.dtype)
 
 
 class MinRNNModel(MinRNNPreTrainedModel):
@@ -395,61 +398,28 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 as what numbers documents cannot tell whether one begins with the chunk. past_key_values are those of
                 the whole sequence, alike on all ranks. On gradients see `scan.minrnn_scan`.
         """
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or (given is input_ids and inputs_embeds is not None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if given.dim() != (3 if input_ids is None else 2):
-            raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, H), not {tuple(given.shape)}")
+        given = _given(input_ids, inputs_embeds)
         B, T = given.shape[:2]
-        if T == 0:
-            raise ValueError("the sequence is empty: input_ids must hold at least one token")
-        if self.config.bidirectional and (use_cache or past_key_values is not None):
-            raise ValueError(
-                "a bidirectional model reads whole sequences and has no state to go on from: pass use_cache=False and "
-                "no past_key_values"
-            )
-        if context_parallel_group is not None:
-            if self.config.bidirectional:
-                raise ValueError("a bidirectional model reads a sequence in one process: no context_parallel_group")
-            if reset_mask is None and (seq_idx is not None or cu_seq_lens_q is not None):
-                raise ValueError(
-                    "with a context_parallel_group pass reset_mask or position_ids, not numbered documents"
-                )
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and not self.config.bidirectional:
             past_key_values = DynamicCache(config=self.config)
         # Fewer than there are where an early exit drafts tokens.
         layers = list(self.layers)[: self.config.num_hidden_layers]
-        cache_layers = getattr(past_key_values, "layers", ())
-        if past_key_values is not None and (
-            len(cache_layers) != len(layers) or not all(hasattr(layer, "get_state") for layer in cache_layers)
-        ):
-            raise ValueError(
-                "past_key_values was not made for this model; pass DynamicCache(config=model.config), "
-                "StaticCache(config=model.config, max_cache_len=...) or what an earlier call returned"
-            )
-
+        numbered = reset_mask is None and (seq_idx is not None or cu_seq_lens_q is not None)
+        self._check_state(use_cache, past_key_values, context_parallel_group, len(layers), numbered)
         num_tokens = None
         if context_parallel_group is not None and past_key_values is not None:
-            if any(layer.record_past for layer in cache_layers):
-                raise ValueError(
-                    "with a context_parallel_group past_key_values cannot record the states to go back to"
-                )
             num_tokens = int(all_gather(torch.tensor([T], device=given.device), context_parallel_group).sum())
 
-        padding_mask = _padding_mask(attention_mask, B, T)
-        reset_mask = _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B, T)
-        taps = conv_taps(self.config.conv_kernel_size, reset_mask, padding_mask)
-        reverse_masks = None
-        if self.config.bidirectional:
-            reverse_masks = _reverse_masks(padding_mask, reset_mask, self.config.conv_kernel_size)
+        padding = padding_mask_of(attention_mask, B, T)
+        reset = reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding, B, T)
+        masks = Masks.of(padding, reset, self.config.conv_kernel_size)
+        reverse_masks = masks.reversed(self.config.conv_kernel_size) if self.config.bidirectional else None
 
         hidden_states = self.dropout(given if input_ids is None else self._embed(given))
         for layer in layers:
             hidden_states = layer(
                 hidden_states,
-                padding_mask,
-                reset_mask,
-                taps,
+                masks,
                 past_key_values=past_key_values,
                 reverse_masks=reverse_masks,
                 context_parallel_group=context_parallel_group,
@@ -458,6 +428,30 @@ class MinRNNModel(MinRNNPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _check_state(self, use_cache, past_key_values, context_parallel_group, num_layers, numbered_documents) -> None:
+        """Raise ValueError for a state, or processes, that this model cannot continue with."""
+        if self.config.bidirectional and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "a bidirectional model reads whole sequences and has no state to go on from: pass use_cache=False and "
+                "no past_key_values"
+            )
+        cache_layers = getattr(past_key_values, "layers", ())
+        if past_key_values is not None and (
+            len(cache_layers) != num_layers or not all(hasattr(layer, "get_state") for layer in cache_layers)
+        ):
+            raise ValueError(
+                "past_key_values was not made for this model; pass DynamicCache(config=model.config), "
+                "StaticCache(config=model.config, max_cache_len=...) or what an earlier call returned"
+            )
+        if context_parallel_group is None:
+            return
+        if self.config.bidirectional:
+            raise ValueError("a bidirectional model reads a sequence in one process: no context_parallel_group")
+        if numbered_documents:
+            raise ValueError("with a context_parallel_group pass reset_mask or position_ids, not numbered documents")
+        if any(layer.record_past for layer in cache_layers):
+            raise ValueError("with a context_parallel_group past_key_values cannot record the states to go back to")
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         try:
@@ -471,52 +465,16 @@ class MinRNNModel(MinRNNPreTrainedModel):
             raise ValueError(f"token id {wrong} is not in the vocabulary: ids must be in {vocabulary}") from None
 
 
-def _none_if_empty(mask: Tensor | None) -> Tensor | None:
-    """None for a mask that is False everywhere, where the question costs no synchronisation and breaks no graph."""
-    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.any():
-        return mask
-    return None
-
-
-def _padding_mask(attention_mask: Tensor | None, B: int, T: int) -> Tensor | None:
-    """(B, T) True where a token is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
-        raise ValueError(f"attention_mask must be (B, >= T) = ({B}, >= {T}), not {tuple(attention_mask.shape)}")
-    return _none_if_empty(attention_mask[:, -T:] == 0)
-
-
-def _reset_mask(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int) -> Tensor | None:
-    """(B, T) True at the first token of each document. What numbers documents says nothing about a row's first token,
-    which goes on from the cache."""
-    for name, tensor in (("reset_mask", reset_mask), ("seq_idx", seq_idx), ("position_ids", position_ids)):
-        if tensor is not None and tensor.shape not in ((B, T), (1, T)):
-            raise ValueError(f"{name} must be ({B}, {T}), or (1, {T}) for all rows alike, not {tuple(tensor.shape)}")
-    if reset_mask is not None:
-        if reset_mask.dtype != torch.bool:
-            raise ValueError(f"reset_mask must be bool, not {reset_mask.dtype}")
-    elif seq_idx is not None:
-        reset_mask = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    elif cu_seq_lens_q is not None:
-        if B != 1:
-            raise ValueError(f"cu_seq_lens_q describes a batch of one packed row, not {B} rows")
-        positions = torch.arange(1, T, device=cu_seq_lens_q.device)
-        reset_mask = torch.nn.functional.pad(torch.isin(positions, cu_seq_lens_q), (1, 0))[None]
-    elif position_ids is not None:
-        reset_mask = position_ids == 0
-        if padding_mask is not None:  # the positions of padding are arbitrary
-            reset_mask = reset_mask & ~padding_mask
-    return _none_if_empty(None if reset_mask is None else reset_mask.expand(B, T))
-
-
-def _reverse_masks(padding_mask: Tensor | None, reset_mask: Tensor | None, kernel_size: int):
-    """padding_mask, reset_mask and taps of the sequence read from its end: documents begin at their last tokens."""
-    if padding_mask is not None:
-        padding_mask = padding_mask.flip(1)
-    if reset_mask is not None:
-        reset_mask = torch.nn.functional.pad(reset_mask[:, 1:], (0, 1)).flip(1)
-    return padding_mask, reset_mask, conv_taps(kernel_size, reset_mask, padding_mask)
+def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """The one of the two that is there. Raises ValueError where it is not one, or has no tokens."""
+    given = inputs_embeds if input_ids is None else input_ids
+    if given is None or (given is input_ids and inputs_embeds is not None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if given.dim() != (3 if input_ids is None else 2):
+        raise ValueError(f"input_ids must be (B, T) and inputs_embeds (B, T, H), not {tuple(given.shape)}")
+    if given.shape[1] == 0:
+        raise ValueError("the sequence is empty: input_ids must hold at least one token")
+    return given
 
 
 class MinRNNLanguageModel(MinRNNPreTrainedModel):

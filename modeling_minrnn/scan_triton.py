@@ -28,6 +28,9 @@ try:
 except ImportError as error:
     raise ImportError('the "triton" backend needs triton: pip install triton') from error
 
+from .cells import PRIMITIVES
+from .scan_blocks import ScanInputs
+
 INTERPRETED = triton.knobs.runtime.interpret  # by Triton's interpreter, which takes CPU tensors
 # W rows, U tokens a row, BD channels, warps: the largest that keep a thread within MAX_REGISTERS. The second ones are
 # for masks and for a ragged width, which take registers of their own.
@@ -66,6 +69,8 @@ def plan(B: int, T: int, D: int, tile: tuple[int, int, int, int], processors: in
 
 # Gates.
 
+# CELL, a constant of the kernels: minGRU 0, or the sum of those that apply. GIVEN is the recurrence alone, of `solve`.
+LSTM, LINEAR, GIVEN = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -108,10 +113,12 @@ def _store(pointer, value, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _gates(projected, mask, D: tl.constexpr, LSTM: tl.constexpr, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
+def _gates(projected, mask, D: tl.constexpr, CELL: tl.constexpr, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
     """(a, z = 1 - a, dz/d gate or dz/d forget, dz/d input): either share by itself, as in `scan._gates`."""
     x = _load(projected, mask, MASKED)
-    if LSTM:
+    if GIVEN & CELL:  # the smaller share
+        return tl.where(x < 0, 1.0 + x, x), tl.where(x < 0, -x, 1.0 - x), x, x
+    elif LSTM & CELL:
         y = _load(projected + D, mask, MASKED)
         # Far below zero f / (f + i) depends on the difference alone, which the bound would swallow.
         shift = tl.maximum(-40.0 - tl.maximum(x, y), 0.0)
@@ -129,9 +136,11 @@ def _gates(projected, mask, D: tl.constexpr, LSTM: tl.constexpr, MASKED: tl.cons
 
 
 @triton.jit
-def _candidate(projected, z, mask, D: tl.constexpr, LSTM: tl.constexpr, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
-    """(c, z * dc/dx) of c = g(x)."""
-    x = _load(projected + (2 * D if LSTM else D), mask, MASKED)
+def _candidate(projected, z, mask, D: tl.constexpr, CELL: tl.constexpr, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
+    """(c, z * dc/dx) of c = g(x), or of x itself."""
+    x = _load(projected + (2 * D if LSTM & CELL else D), mask, MASKED)
+    if (LINEAR | GIVEN) & CELL:
+        return x, z
     s = _reciprocal(1.0 + _exp2(x * -LOG2_E, NVIDIA), NVIDIA)
     return tl.where(x >= 0, x + 0.5, s), tl.where(x >= 0, z, z * s - (z * s) * s)
 
@@ -194,7 +203,7 @@ def _fold(h, A_segments, Z_segments, H_segments, first, count, step: tl.constexp
 
 @triton.jit
 def _forward_rows(projected, reset_mask, padding_mask, r, row, left, d_mask,
-                  D: tl.constexpr, stride: tl.constexpr, LSTM: tl.constexpr, RAGGED: tl.constexpr,
+                  D: tl.constexpr, stride: tl.constexpr, CELL: tl.constexpr, RAGGED: tl.constexpr,
                   NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """a and b of the tile, U tensors (W, BD) each, with h = a * h + b, and (A, Z, H) of its rows.
 
@@ -211,12 +220,12 @@ def _forward_rows(projected, reset_mask, padding_mask, r, row, left, d_mask,
         if TIME:
             skip = _skipped(padding_mask, row + u, left)[:, None]
             mask = mask & ~skip
-        a, z, _, _ = _gates(projected + u * stride, mask, D, LSTM, MASKED, NVIDIA)
-        c, _ = _candidate(projected + u * stride, z, mask, D, LSTM, MASKED, NVIDIA)
+        a, z, _, _ = _gates(projected + u * stride, mask, D, CELL, MASKED, NVIDIA)
+        c, _ = _candidate(projected + u * stride, z, mask, D, CELL, MASKED, NVIDIA)
         if TIME:
             a = tl.where(skip, 1.0, a)
             z = tl.where(skip, 0.0, z)
-        b = z * c
+        b = c if GIVEN & CELL else z * c
         Z = z * A + Z
         if reset_mask is not None:
             reset = _flag(reset_mask, row + u, left)
@@ -246,13 +255,13 @@ def _skipped(padding_mask, t, left):
 
 @triton.jit
 def _forward_tile(projected, states, reset_mask, padding_mask, r, h, low, left, d, d_mask,
-                  D: tl.constexpr, stride: tl.constexpr, LSTM: tl.constexpr, RAGGED: tl.constexpr,
+                  D: tl.constexpr, stride: tl.constexpr, CELL: tl.constexpr, RAGGED: tl.constexpr,
                   NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """Store the states of one tile, entered with (h, low) (BD,); return what it leaves."""
     row = tl.arange(0, W) * U
     a_, b_, A, Z, H = _forward_rows(
         projected + row[:, None] * stride + d[None, :], reset_mask, padding_mask, r, row, left, d_mask,
-        D, stride, LSTM, RAGGED, NVIDIA, W, U, BD,
+        D, stride, CELL, RAGGED, NVIDIA, W, U, BD,
     )  # fmt: skip
     A_before, H_before, A, Z, H = _rows(A, Z, H, W)
     state = A_before * h[None, :] + H_before
@@ -279,7 +288,7 @@ def _place(T, length, first_segment, last_segment, D: tl.constexpr, BD: tl.const
 @triton.jit(do_not_specialize=["T", "length", "segments"])
 def forward_reduce_kernel(projected, reset_state, reset_mask, padding_mask, A_segments, Z_segments, H_segments,
                           T, length, segments, batch_stride,
-                          D: tl.constexpr, stride: tl.constexpr, LSTM: tl.constexpr, NVIDIA: tl.constexpr,
+                          D: tl.constexpr, stride: tl.constexpr, CELL: tl.constexpr, NVIDIA: tl.constexpr,
                           W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """(A, Z, H) (B, segments, D) of every segment but the last. Walks from a segment's end, and no further than A > 0:
     what lies before an A that has underflowed does not reach the end."""
@@ -306,7 +315,7 @@ def forward_reduce_kernel(projected, reset_state, reset_mask, padding_mask, A_se
             padding_mask -= W * U
         _, _, A_rows, Z_rows, H_rows = _forward_rows(
             projected + row[:, None] * stride + d[None, :], reset_mask, padding_mask, r, row, W * U, d_mask,
-            D, stride, LSTM, False, NVIDIA, W, U, BD,
+            D, stride, CELL, False, NVIDIA, W, U, BD,
         )  # fmt: skip
         _, _, A_tile, Z_tile, H_tile = _rows(A_rows, Z_rows, H_rows, W)
         A, Z, H = _prepend(A_tile, Z_tile, H_tile, A, Z, H)
@@ -319,7 +328,7 @@ def forward_reduce_kernel(projected, reset_state, reset_mask, padding_mask, A_se
 @triton.jit(do_not_specialize=["T", "length", "segments"])
 def forward_kernel(projected, initial_state, reset_state, reset_mask, padding_mask, A_segments, Z_segments, H_segments,
                    states, final_state, T, length, segments, batch_stride,
-                   D: tl.constexpr, stride: tl.constexpr, LSTM: tl.constexpr, NVIDIA: tl.constexpr,
+                   D: tl.constexpr, stride: tl.constexpr, CELL: tl.constexpr, NVIDIA: tl.constexpr,
                    W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     b, segment, start, count, d, d_mask = _place(T, length, 0, segments - 1, D, BD)
     h = tl.load(initial_state + b * D + d, mask=d_mask, other=0.0).to(tl.float32)
@@ -336,7 +345,7 @@ def forward_kernel(projected, initial_state, reset_state, reset_mask, padding_ma
     for _ in range(0, count // (W * U)):
         h, low = _forward_tile(
             projected, states, reset_mask, padding_mask, r, h, low, W * U, d, d_mask,
-            D, stride, LSTM, False, NVIDIA, W, U, BD,
+            D, stride, CELL, False, NVIDIA, W, U, BD,
         )  # fmt: skip
         projected += W * U * stride
         states += W * U * D
@@ -348,7 +357,7 @@ def forward_kernel(projected, initial_state, reset_state, reset_mask, padding_ma
     if left != 0:
         h, low = _forward_tile(
             projected, states, reset_mask, padding_mask, r, h, low, left, d, d_mask,
-            D, stride, LSTM, True, NVIDIA, W, U, BD,
+            D, stride, CELL, True, NVIDIA, W, U, BD,
         )  # fmt: skip
     if segment == segments - 1:
         tl.store(final_state + b * D + d, h, mask=d_mask)
@@ -358,23 +367,14 @@ def forward_kernel(projected, initial_state, reset_state, reset_mask, padding_ma
 
 
 @triton.jit
-def _backward_tile(projected, states, d_states, d_projected, reset_mask, padding_mask, h0, r, e, low, d_r, first, left,
-                   d, d_mask, D: tl.constexpr, stride: tl.constexpr, d_stride: tl.constexpr, LSTM: tl.constexpr,
-                   RAGGED: tl.constexpr, NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr,
-                   BD: tl.constexpr):  # fmt: skip
-    """Store the gradients of one tile, entered from the right with (e, low) (BD,); return what leaves it to the left.
-
-    first: token of the sequence that the tile begins with. d_r (W, BD): the reset state's gradient so far.
-    """
+def _backward_factors(projected, states, d_states, reset_mask, padding_mask, h0, r, first, left, row, d_mask,
+                      D: tl.constexpr, stride: tl.constexpr, d_stride: tl.constexpr, CELL: tl.constexpr,
+                      RAGGED: tl.constexpr, NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr,
+                      BD: tl.constexpr):  # fmt: skip
+    """Of each token of a tile: a, upstream gradient, and what makes gradients of its projections of that of its state;
+    and (A, Z) of the rows. The pointers are (W, BD), at the first tokens of the rows."""
     TIME: tl.constexpr = RAGGED or padding_mask is not None
     EVEN: tl.constexpr = D % BD == 0
-    DP: tl.constexpr = (3 if LSTM else 2) * D
-    row = (W - 1 - tl.arange(0, W)) * U  # the scan runs from row 0, the latest
-    projected += row[:, None] * stride + d[None, :]
-    states += row[:, None] * D + d[None, :]
-    d_states += row[:, None] * d_stride + d[None, :]
-    d_projected += row[:, None] * DP + d[None, :]
-
     begins = (first + row == 0)[:, None]
     inside = d_mask[None, :]
     state = tl.load(states - D, mask=inside & ~begins & (row <= left)[:, None], other=0.0).to(tl.float32)
@@ -387,11 +387,11 @@ def _backward_tile(projected, states, d_states, d_projected, reset_mask, padding
         if TIME:
             skip = _skipped(padding_mask, row + u, left)[:, None]
             mask = mask & ~skip
-        a, z, dz0, dz1 = _gates(projected + u * stride, mask, D, LSTM, TIME or not EVEN, NVIDIA)
+        a, z, dz0, dz1 = _gates(projected + u * stride, mask, D, CELL, TIME or not EVEN, NVIDIA)
         if TIME:
             a = tl.where(skip, 1.0, a)
             z = tl.where(skip, 0.0, z)
-        c, dc = _candidate(projected + u * stride, z, mask, D, LSTM, TIME or not EVEN, NVIDIA)
+        c, dc = _candidate(projected + u * stride, z, mask, D, CELL, TIME or not EVEN, NVIDIA)
         Z = z * A + Z
         A = A * a
         if reset_mask is not None:
@@ -408,7 +408,31 @@ def _backward_tile(projected, states, d_states, d_projected, reset_mask, padding
         gate_ = gate_ + (dz0 * change,)
         input_ = input_ + (dz1 * change,)
         candidate_ = candidate_ + (dc,)
+    return a_, g_, gate_, input_, candidate_, A, Z
 
+
+@triton.jit
+def _backward_tile(projected, states, d_states, d_projected, reset_mask, padding_mask, h0, r, e, low, d_r, first, left,
+                   d, d_mask, D: tl.constexpr, stride: tl.constexpr, d_stride: tl.constexpr, CELL: tl.constexpr,
+                   RAGGED: tl.constexpr, NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr,
+                   BD: tl.constexpr):  # fmt: skip
+    """Store the gradients of one tile, entered from the right with (e, low) (BD,); return what leaves it to the left.
+
+    first: token of the sequence that the tile begins with. d_r (W, BD): the reset state's gradient so far.
+    """
+    EVEN: tl.constexpr = D % BD == 0
+    DP: tl.constexpr = (3 if LSTM & CELL else 2) * D
+    row = (W - 1 - tl.arange(0, W)) * U  # the scan runs from row 0, the latest
+    projected += row[:, None] * stride + d[None, :]
+    states += row[:, None] * D + d[None, :]
+    d_states += row[:, None] * d_stride + d[None, :]
+    d_projected += row[:, None] * DP + d[None, :]
+
+    a_, g_, gate_, input_, candidate_, A, Z = _backward_factors(
+        projected, states, d_states, reset_mask, padding_mask, h0, r, first, left, row, d_mask,
+        D, stride, d_stride, CELL, RAGGED, NVIDIA, W, U, BD,
+    )  # fmt: skip
+    inside = d_mask[None, :]
     E = tl.zeros([W, BD], tl.float32)
     for u in tl.static_range(U - 1, -1, -1):
         E = a_[u] * (g_[u] + E)
@@ -426,16 +450,18 @@ def _backward_tile(projected, states, d_states, d_projected, reset_mask, padding
             flow = tl.where(reset, 0.0, flow)
         stored = inside & (row + u < left)[:, None]
         _store(d_projected + u * DP, d_state * gate_[u], stored, RAGGED or not EVEN)
-        if LSTM:
+        if LSTM & CELL:
             _store(d_projected + u * DP + D, d_state * input_[u], stored, RAGGED or not EVEN)
-        _store(d_projected + u * DP + (2 * D if LSTM else D), d_state * candidate_[u], stored, RAGGED or not EVEN)
+        _store(
+            d_projected + u * DP + (2 * D if LSTM & CELL else D), d_state * candidate_[u], stored, RAGGED or not EVEN
+        )
     e, low = _advance(e, low, A, Z, E)
     return e, low, d_r
 
 
 @triton.jit
 def _backward_rows(projected, d_states, reset_mask, padding_mask, row, left, d_mask, D: tl.constexpr,
-                   stride: tl.constexpr, d_stride: tl.constexpr, LSTM: tl.constexpr, RAGGED: tl.constexpr,
+                   stride: tl.constexpr, d_stride: tl.constexpr, CELL: tl.constexpr, RAGGED: tl.constexpr,
                    NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """(A, Z, E) of the rows of a tile, for e: the part of `_backward_tile` that needs no states."""
     TIME: tl.constexpr = RAGGED or padding_mask is not None
@@ -449,7 +475,7 @@ def _backward_rows(projected, d_states, reset_mask, padding_mask, row, left, d_m
         if TIME:
             skip = _skipped(padding_mask, row + u, left)[:, None]
             mask = mask & ~skip
-        a, z, _, _ = _gates(projected + u * stride, mask, D, LSTM, TIME or not EVEN, NVIDIA)
+        a, z, _, _ = _gates(projected + u * stride, mask, D, CELL, TIME or not EVEN, NVIDIA)
         if TIME:
             a = tl.where(skip, 1.0, a)
             z = tl.where(skip, 0.0, z)
@@ -467,7 +493,7 @@ def _backward_rows(projected, d_states, reset_mask, padding_mask, row, left, d_m
 @triton.jit(do_not_specialize=["T", "length", "segments"])
 def backward_reduce_kernel(projected, reset_mask, padding_mask, d_states, A_segments, Z_segments, E_segments,
                            T, length, segments, batch_stride, d_batch_stride,
-                           D: tl.constexpr, stride: tl.constexpr, d_stride: tl.constexpr, LSTM: tl.constexpr,
+                           D: tl.constexpr, stride: tl.constexpr, d_stride: tl.constexpr, CELL: tl.constexpr,
                            NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """(A, Z, E) (B, segments, D) of every segment but the first, walking from its beginning while A > 0."""
     b, segment, start, count, d, d_mask = _place(T, length, 1, segments - 1, D, BD)
@@ -485,7 +511,7 @@ def backward_reduce_kernel(projected, reset_mask, padding_mask, d_states, A_segm
     while (left > 0) & (tl.max(A, axis=0) > 0):
         A_rows, Z_rows, E_rows = _backward_rows(
             projected + row[:, None] * stride + d[None, :], d_states + row[:, None] * d_stride + d[None, :],
-            reset_mask, padding_mask, row, left, d_mask, D, stride, d_stride, LSTM, True, NVIDIA, W, U, BD,
+            reset_mask, padding_mask, row, left, d_mask, D, stride, d_stride, CELL, True, NVIDIA, W, U, BD,
         )  # fmt: skip
         _, _, A_tile, Z_tile, E_tile = _rows(A_rows, Z_rows, E_rows, W)
         A, Z, E = _prepend(A_tile, Z_tile, E_tile, A, Z, E)
@@ -506,7 +532,7 @@ def backward_reduce_kernel(projected, reset_mask, padding_mask, d_states, A_segm
 def backward_kernel(projected, initial_state, reset_state, reset_mask, padding_mask, states, d_states, d_final_state,
                     A_segments, Z_segments, E_segments, d_projected, d_initial_state, d_reset_state,
                     T, length, segments, batch_stride, d_batch_stride,
-                    D: tl.constexpr, stride: tl.constexpr, d_stride: tl.constexpr, LSTM: tl.constexpr,
+                    D: tl.constexpr, stride: tl.constexpr, d_stride: tl.constexpr, CELL: tl.constexpr,
                     NVIDIA: tl.constexpr, W: tl.constexpr, U: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """d_reset_state: (B, segments, D), to be summed."""
     b, segment, start, count, d, d_mask = _place(T, length, 0, segments - 1, D, BD)
@@ -530,25 +556,25 @@ def backward_kernel(projected, initial_state, reset_state, reset_mask, padding_m
     projected += b * batch_stride + (start + at).to(tl.int64) * stride
     states += t * D
     d_states += b * d_batch_stride + (start + at).to(tl.int64) * d_stride
-    d_projected += t * (3 if LSTM else 2) * D
+    d_projected += t * (3 if LSTM & CELL else 2) * D
     if at != count:
         e, low, d_r = _backward_tile(
             projected, states, d_states, d_projected, reset_mask, padding_mask, h0, r, e, low, d_r,
-            start + at, count - at, d, d_mask, D, stride, d_stride, LSTM, True, NVIDIA, W, U, BD,
+            start + at, count - at, d, d_mask, D, stride, d_stride, CELL, True, NVIDIA, W, U, BD,
         )  # fmt: skip
     for _ in range(0, tiles):
         at -= W * U
         projected -= W * U * stride
         states -= W * U * D
         d_states -= W * U * d_stride
-        d_projected -= W * U * (3 if LSTM else 2) * D
+        d_projected -= W * U * (3 if LSTM & CELL else 2) * D
         if reset_mask is not None:
             reset_mask -= W * U
         if padding_mask is not None:
             padding_mask -= W * U
         e, low, d_r = _backward_tile(
             projected, states, d_states, d_projected, reset_mask, padding_mask, h0, r, e, low, d_r,
-            start + at, W * U, d, d_mask, D, stride, d_stride, LSTM, False, NVIDIA, W, U, BD,
+            start + at, W * U, d, d_mask, D, stride, d_stride, CELL, False, NVIDIA, W, U, BD,
         )  # fmt: skip
     if segment == 0:
         tl.store(d_initial_state + b * D + d, e, mask=d_mask)
@@ -559,8 +585,14 @@ def backward_kernel(projected, initial_state, reset_state, reset_mask, padding_m
 # Launch.
 
 
-def forward(projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, batch_invariant=False):
-    """(states, final_state) of `scan.minrnn_scan`, for initial_state (B, D) and reset_state (D,)."""
+CELLS = {"mingru": 0, "minlstm": LSTM.value, "linear": GIVEN.value}
+CELLS |= {f"{name}:candidate=linear": CELLS[name] | LINEAR.value for name in ("mingru", "minlstm")}
+FUSED = frozenset(CELLS) - {"linear"}
+
+
+def forward(inputs: ScanInputs, log_sums=None, batch_invariant=False):
+    """h (B, T, D) and the last of it (B, D), for a cell of FUSED; "linear" has what `solve` is given."""
+    projected, _, initial_state, reset_state, reset_mask, padding_mask, cell, _ = inputs
     B, T, _ = projected.shape
     D = initial_state.shape[1]
     layout = _layout(FORWARD_TILES, projected, D, reset_mask, padding_mask, batch_invariant)
@@ -568,7 +600,7 @@ def forward(projected, cell_type, initial_state, reset_state, reset_mask, paddin
     states = projected.new_empty(B, T, D)
     final_state = initial_state.new_empty(B, D)
     summaries = initial_state.new_empty(3, B, layout.segments, D)
-    constants = dict(D=D, stride=projected.stride(1), LSTM=cell_type == "minlstm")
+    constants = dict(D=D, stride=projected.stride(1), CELL=CELLS[cell.spec])
     sizes = (T, layout.length, layout.segments, projected.stride(0))
     if layout.segments > 1:
         _launch(
@@ -583,11 +615,9 @@ def forward(projected, cell_type, initial_state, reset_state, reset_mask, paddin
     return states, final_state
 
 
-def backward(
-    projected, cell_type, initial_state, reset_state, reset_mask, padding_mask, states, d_states, d_final_state,
-    batch_invariant=False,
-):  # fmt: skip
-    """Gradients of projected (B, T, gates * D), initial_state (B, D) and reset_state (D,)."""
+def backward(inputs: ScanInputs, log_sums, states, d_states, d_final_state, batch_invariant=False):
+    """Gradients of projected, parameters, initial_state and reset_state, for a cell of FUSED."""
+    projected, _, initial_state, reset_state, reset_mask, padding_mask, cell, _ = inputs
     B, T, _ = projected.shape
     D = initial_state.shape[1]
     layout = _layout(BACKWARD_TILES, projected, D, reset_mask, padding_mask, batch_invariant)
@@ -597,7 +627,7 @@ def backward(
     projected, d_states = _readable(projected), _readable(d_states)
     reset_mask, padding_mask = _bytes(reset_mask), _bytes(padding_mask)
     summaries = initial_state.new_empty(3, B, layout.segments, D)
-    constants = dict(D=D, stride=projected.stride(1), d_stride=d_states.stride(1), LSTM=cell_type == "minlstm")
+    constants = dict(D=D, stride=projected.stride(1), d_stride=d_states.stride(1), CELL=CELLS[cell.spec])
     sizes = (T, layout.length, layout.segments, projected.stride(0), d_states.stride(0))
     if layout.segments > 1:
         _launch(
@@ -609,7 +639,25 @@ def backward(
         projected, initial_state.contiguous(), reset_state, reset_mask, padding_mask, states.contiguous(), d_states,
         d_final_state.contiguous(), *summaries, d_projected, d_initial_state, d_reset_state, *sizes,
     )  # fmt: skip
-    return d_projected, d_initial_state, d_reset_state.sum((0, 1))
+    return d_projected, torch.zeros_like(inputs.parameters), d_initial_state, d_reset_state.sum((0, 1))
+
+
+def solve(share: Tensor, inflow: Tensor, carry: Tensor, reverse: bool = False, batch_invariant=False):
+    """`scan_torch.solve` in float32, with the rounding of h kept in a second float."""
+    given = torch.cat([share, inflow], -1).transpose(0, 1)
+    start = carry.to(torch.float32)
+    inputs = ScanInputs(
+        given.flip(1) if reverse else given.contiguous(),
+        share,
+        start,
+        start[0],
+        None,
+        None,
+        PRIMITIVES["linear"],
+        "triton",
+    )
+    states, final_state = forward(inputs, batch_invariant=batch_invariant)
+    return (states.flip(1) if reverse else states).transpose(0, 1), final_state
 
 
 def _layout(tiles, projected, D, reset_mask, padding_mask, batch_invariant) -> Plan:

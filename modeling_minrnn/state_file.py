@@ -52,7 +52,7 @@ def save_state(cache: Cache, path: str | os.PathLike, model: MinRNNPreTrainedMod
     tensors: dict[str, Tensor] = {}
     for i, (layer, kept) in enumerate(zip(layers, cache.layers)):
         like = layer.rnn.in_proj.weight
-        start = layer.rnn.start(kept.batch_size, like)
+        start = layer.rnn.start(like).expand(kept.batch_size, -1)
         state = kept.get_state(start)
         window = kept.get_window(like.new_zeros(kept.batch_size, layer.window_size, like.shape[1]))
         tensors |= {f"layers.{i}.state": state.contiguous(), f"layers.{i}.window": window.contiguous()}
@@ -100,6 +100,9 @@ def load_state(path: str | os.PathLike, model: MinRNNPreTrainedModel) -> Dynamic
 
 def _model_hash(model: MinRNNPreTrainedModel) -> str:
     fields = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
+    specs = [cell.spec for cell in model.config.cells]
+    if specs != model.config.cell_types:  # options of the cells, which not every file has
+        fields["cells"] = specs
     return _hash(fields, model.base_model.state_dict())
 
 

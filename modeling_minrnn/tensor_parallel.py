@@ -17,8 +17,6 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 from transformers import PreTrainedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, PackedColwiseParallel, TensorParallelLayer
 
-from .scan import GATES
-
 
 def prepare(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> None:
     """Make the style that `MinRNNConfig.base_model_tp_plan` names known to transformers, before it splits a model.
@@ -31,6 +29,13 @@ def prepare(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> None:
             f"hidden_size x expansion_factor is {config.state_size}: must be a multiple of {tp_size}, the processes "
             "of tensor parallelism, which share the channels of state"
         )
+    for cell in config.cells:
+        learned_log_sums = config.learned_initial_state and cell.log_sums(config.state_size)
+        if tp_size > 1 and (not cell.splits_by_channel or learned_log_sums):
+            raise ValueError(
+                f"{cell.name!r} cannot be split by channels, as tensor parallelism does: its heads, its matrix, its "
+                "complex halves or its learned log-sums belong to several; use data or context parallelism"
+            )
     # fully_shard pads the rows of a tied matrix once for each of its two uses: then only one of them is trained.
     if config.tie_word_embeddings and fsdp_size > 1 and config.vocab_size % (fsdp_size * tp_size):
         raise ValueError(
@@ -40,17 +45,20 @@ def prepare(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> None:
 
 
 class ChannelParallel(TensorParallelLayer):
-    """Of `MinRNNRecurrence`: in_proj, initial_state and state_size become those of this rank's channels."""
+    """Of `MinRNNRecurrence`: in_proj, gate_proj, the cell's parameters, initial_state and state_size become those of
+    this rank's channels."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         _distribute(module, param, mesh, Shard(0))
 
     def install_forward(self, module: Any, mesh: DeviceMesh) -> nn.Module:
         module.state_size //= mesh.size()
-        in_proj = GatesColwiseParallel(split_factor=GATES[module.cell_type])
-        for name, _ in list(module.in_proj.named_parameters()):
-            in_proj.shard_param(module.in_proj, name, mesh)
-        in_proj.install_forward(module.in_proj, mesh)
+        for projection, split_factor in ((module.in_proj, len(module.cell.blocks(0))), (module.gate_proj, 1)):
+            if projection is not None:
+                style = GatesColwiseParallel(split_factor=split_factor)
+                for name, _ in list(projection.named_parameters()):
+                    style.shard_param(projection, name, mesh)
+                style.install_forward(projection, mesh)
         return module
 
 

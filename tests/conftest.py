@@ -41,6 +41,19 @@ def streaming(tmp_path):
 
 
 @pytest.fixture
+def forgotten_backends():
+    """Which backends there are is asked anew, in this test and after it."""
+    from modeling_minrnn import backends
+
+    cached = backends.kernels, backends._is_installed
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.fixture
 def train_main():
     """train.main in this process, with an accelerator of its own: accelerate keeps its settings until told not to."""
     from accelerate.state import AcceleratorState, GradientState

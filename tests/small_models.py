@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 
-CELLS = ("mingru", "minlstm")
+GATES = {"mingru": 2, "minlstm": 3}  # the parts of `projected`, the candidate included
+CELLS = tuple(GATES)
+# What the other cells are made of, as in the papers: learned vectors, options and log-sums beside a state of width D.
+PARAMETERS = {"rwkv4": ("decay", "bonus"), "lru": ("nu", "theta", "gamma"), "rglru": ("decay",), "hgrn": ("bound",)}
+OPTIONS = {"aaren": ("num_heads",), "lmu": ("memory_order", "memory_window")}
+LOG_SUMS = {
+    "aaren": lambda config: config.num_heads, "rwkv4": lambda config: config.state_size, "rglru": lambda config: 1,
+}  # fmt: skip
 VOCAB_SIZE = 37
 
 # Odd widths, so that no part can pass for another; each option on and off.
@@ -79,7 +86,7 @@ class WrittenOut:
             self.weights["lm_head.weight"] = self.weights["model.embed_tokens.weight"]
 
     def __call__(self, ids: torch.Tensor):
-        """ids (T,), T may be 0 -> logits (T, V), hidden states [(T, H)], [state (D,), window (K - 1, H)] a layer."""
+        """ids (T,), T may be 0 -> logits (T, V), hidden states [(T, H)], [state (S,), window (K - 1, H)] a layer."""
         x = self.weights["model.embed_tokens.weight"][ids]
         hidden_states, cache = [x], []
         for i in range(self.config.num_hidden_layers):
@@ -111,13 +118,20 @@ class WrittenOut:
         return sum(taps, torch.zeros_like(x)), before[len(x) :]
 
     def recurrence(self, x, name):
-        w, D = self.weights, self.config.state_size
-        start = w.get(name + "initial_state", x.new_zeros(D))
+        w, config = self.weights, self.config
+        cell = config.cell_type if isinstance(config.cell_type, str) else config.cell_type[int(name.split(".")[2])]
+        log_sums = LOG_SUMS[cell](config) if cell in LOG_SUMS else 0
+        nothing = torch.cat([x.new_zeros(config.state_size), x.new_full((log_sums,), -1e30)])
+        start = w.get(name + "initial_state", nothing)
         if len(x) == 0:
             return x, start
-        projected = self.linear(x, name + "in_proj.")
-        states, state = oracle.scan(projected[None], self.config.cell_type, start[None])
-        return states[0] @ w[name + "out_proj.weight"].T, state[0]
+        given = {option: getattr(config, option) for option in OPTIONS.get(cell, ())}
+        if cell in PARAMETERS:
+            given["parameters"] = torch.stack([w[name + parameter] for parameter in PARAMETERS[cell]])
+        variant = ":linear" if cell in CELLS and config.candidate == "linear" else ""
+        outputs, state = oracle.scan(self.linear(x, name + "in_proj.")[None], cell + variant, start[None], **given)
+        outputs = outputs[0] * F.silu(self.linear(x, name + "gate_proj.")) if config.output_gate else outputs[0]
+        return self.linear(outputs, name + "out_proj."), state[0]
 
     def linear(self, x, name):
         return x @ self.weights[name + "weight"].T + self.weights.get(name + "bias", 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import relative_error
-from small_models import WrittenOut, random_ids, small_model
+from small_models import CELLS, WrittenOut, random_ids, small_model
 from transformers import DynamicCache
 
 from benchmarks.paper.ablations import SETTING, VARIANTS
@@ -45,9 +45,9 @@ class UnnormalisedWrittenOut(RecurrenceWrittenOut):
 
 class ConvInBranchWrittenOut(WrittenOut):
     def layer(self, x, name):
-        normed = self.norm(x, name + "rnn_norm.weight")
+        normed = self.norm(x, name + "rnn.norm.weight")
         convolved, window = self.add(self.conv, normed, normed, name, "rnn.conv.")
-        x, state = self.add(self.recurrence, x, convolved, name, "rnn.")
+        x, state = self.add(self.recurrence, x, convolved, name, "rnn.rnn.")
         return self.mlp(x, name + "mlp_norm.weight", name + "mlp."), state, window
 
     def mlp(self, x, norm, name):
@@ -74,15 +74,19 @@ WRITTEN_OUT = {
 def changed_model(name):
     """Small, in float64, with weights so large that every part matters, and a learned initial state."""
     variant = VARIANTS[name]
-    model = small_model(variant.model.get("cell_type", "mingru"), dtype=torch.float64)
-    for layer in model.model.layers:
-        variant.change(layer, model.config)
+    model = small_model(dtype=torch.float64, **variant.model)
+    for layer in model.model.layers if variant.change else ():
+        variant.change(layer)
     return model
 
 
-def test_every_variant_with_modules_of_its_own_is_written_out():
-    written_out = {VARIANTS[name].change for name in WRITTEN_OUT}
-    assert {variant.change for variant in VARIANTS.values()} == {None, *written_out}
+def test_every_variant_with_modules_or_a_recurrence_of_its_own_is_written_out():
+    def kind(variant):
+        return variant.change, variant.model.get("cell_type", "mingru"), variant.model.get("candidate", "g")
+
+    written_out = {kind(VARIANTS[name]) for name in WRITTEN_OUT}
+    papers = {(None, cell_type, "g") for cell_type in CELLS}
+    assert {kind(variant) for variant in VARIANTS.values()} == papers | written_out
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)

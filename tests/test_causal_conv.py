@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import normal, random_mask, relative_error
 
-from modeling_minrnn.causal_conv import causal_conv, conv_taps, windows_after
-from modeling_minrnn.scan import NAMESPACE
+from modeling_minrnn.backends import NAMESPACE
+from modeling_minrnn.causal_conv import causal_conv, windows_after
+from modeling_minrnn.masks import conv_taps
 
 OPERATORS = getattr(torch.ops, NAMESPACE)
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_in_processes
-from small_models import CELLS, SHAPES, random_ids, small_model
+from small_models import CELLS, GATES, SHAPES, random_ids, small_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 
 from modeling_minrnn import minrnn_scan
-from modeling_minrnn.scan import GATES
 
 PROCESSES = 4
 B, D = 2, 5

@@ -13,6 +13,7 @@ from printable_model import printable_model, save
 from small_models import CELLS, SHAPES, WrittenOut, random_ids, small_model
 
 from modeling_minrnn import MinRNNForMaskedLM, modeling_minrnn
+from modeling_minrnn.cells import MinGRU
 from modeling_minrnn.diagnose import StateReport
 from training.tokenizers import byte_tokenizer
 
@@ -60,7 +61,7 @@ def test_a_timescale_is_the_number_of_tokens_after_which_1_over_e_of_a_state_is_
     a = torch.tensor([0.5, 0.9, 0.999])
     projected = torch.cat([torch.log((1 - a) / a), torch.full((3,), -1e4)]).expand(1, 1000, 6)
     report = StateReport("by hand")
-    report.add(projected, torch.ones(1, 1000, 3), "mingru", None)
+    report.add(MinGRU(), projected, projected.new_empty(0), torch.zeros(1, 3), torch.ones(1, 1000, 3), None)
     for gate, timescale in zip(a.tolist(), report.timescales.tolist()):
         assert gate**timescale == pytest.approx(1 / math.e, rel=1e-4)
 

@@ -34,6 +34,7 @@ from modeling_minrnn import (
     modeling_minrnn,
 )
 from modeling_minrnn.modeling_minrnn import CONV_INITIALIZER_STD
+from modeling_minrnn.scan import minrnn_scan
 
 both_cells = pytest.mark.parametrize("cell_type", CELLS)
 every_shape = pytest.mark.parametrize("shape", range(len(SHAPES)))
@@ -527,7 +528,8 @@ def test_chrono_initialisation_spreads_memory_log_uniformly_over_1_to_max_timesc
     for layer in MinRNNModel(config).layers:
         # What an input of zero keeps of a state of 1 in one step, less what it adds.
         nothing = torch.zeros(1, 1, 1000)
-        kept = [layer.rnn.go_on(nothing, torch.full((1, 1000), start))[2] for start in (0.0, 1.0)]
+        projected = layer.rnn.in_proj(nothing)
+        kept = [minrnn_scan(projected, cell_type, torch.full((1, 1000), start))[1] for start in (0.0, 1.0)]
         timescale = -1 / (kept[1] - kept[0]).double().log()
         assert 0.999 < timescale.min() and timescale.max() < 501
         # Of 1000 uniform numbers, the sorted ones stay within 0.06 of their places except once in 700 times.

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import CELLS, GATES
 
-from modeling_minrnn import scan, scan_numba
+from modeling_minrnn import scan_numba
 from modeling_minrnn.causal_conv import causal_conv
-from modeling_minrnn.scan import GATES, minrnn_scan
+from modeling_minrnn.scan import minrnn_scan
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modeling_minrnn"
 
-every_cell = pytest.mark.parametrize("cell_type", sorted(GATES))
+every_cell = pytest.mark.parametrize("cell_type", CELLS)
 
 
 def forward_and_backward(cell_type, B, T=100, D=70, seed=0, dtype=torch.float32):
@@ -86,13 +87,10 @@ def test_two_python_threads_can_call_at_once(cell_type, two_threads):
 
 
 @pytest.fixture
-def without_numba(monkeypatch):
+def without_numba(monkeypatch, forgotten_backends):
     monkeypatch.setitem(sys.modules, "numba", None)
     for name in ("scan_numba", "causal_conv_numba"):
         monkeypatch.delitem(sys.modules, f"modeling_minrnn.{name}", raising=False)
-    scan._is_installed.cache_clear()
-    yield
-    scan._is_installed.cache_clear()
 
 
 @pytest.mark.oldest
@@ -151,7 +149,7 @@ def run(script, folder, prepare=None, **environment):
 
 def checksum():
     """Of all results; different for a single bit in any of them."""
-    results = [x.detach().numpy().tobytes() for cell_type in GATES for x in forward_and_backward(cell_type, B=2)]
+    results = [x.detach().numpy().tobytes() for cell_type in CELLS for x in forward_and_backward(cell_type, B=2)]
     return hashlib.sha256(b"".join(results)).hexdigest()
 
 
@@ -191,14 +189,14 @@ def test_a_process_forked_after_use_computes_the_same():
     script = """
 import os
 torch.set_num_threads(2)
-expected = [t.forward_and_backward(c, B) for c in t.GATES for B in (1, 3)]
+expected = [t.forward_and_backward(c, B) for c in t.CELLS for B in (1, 3)]
 child = os.fork()
 if child == 0:
     import faulthandler
     faulthandler.dump_traceback_later(60, exit=True)  # a child that waits for threads it does not have
-    actual = [t.forward_and_backward(c, B) for c in t.GATES for B in (1, 3)]
+    actual = [t.forward_and_backward(c, B) for c in t.CELLS for B in (1, 3)]
     os._exit(0 if all(map(t.all_equal, actual, expected)) else 3)
 assert os.waitpid(child, 0)[1] == 0
-assert all(map(t.all_equal, [t.forward_and_backward(c, B) for c in t.GATES for B in (1, 3)], expected))
+assert all(map(t.all_equal, [t.forward_and_backward(c, B) for c in t.CELLS for B in (1, 3)], expected))
 """
     run(script, ROOT)

@@ -12,14 +12,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import normal, random_mask, relative_error
+from small_models import CELLS, GATES
 
-from modeling_minrnn import scan
-from modeling_minrnn.scan import GATES, minrnn_scan
+from modeling_minrnn import backends
+from modeling_minrnn.scan import minrnn_scan
 
 scan_triton = pytest.importorskip("modeling_minrnn.scan_triton", exc_type=ImportError)
 BACKWARD_TILES, FORWARD_TILES, MIN_TILES = scan_triton.BACKWARD_TILES, scan_triton.FORWARD_TILES, scan_triton.MIN_TILES
 Plan, plan = scan_triton.Plan, scan_triton.plan
-CELLS = sorted(GATES)
 # Of the interpreter of triton 3.6, the oldest supported.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 
@@ -191,29 +191,26 @@ def test_every_plan_covers_every_token_and_channel_once(B, T, D, tile, processor
 def test_auto_takes_triton_on_every_gpu_and_leaves_float64_and_other_devices_to_torch():
     for device in ("cuda", "xpu"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert scan.resolve_backend("auto", device, dtype) == "triton"
-        assert scan.resolve_backend("auto", device, torch.float64) == "torch"
-    assert scan.resolve_backend("auto", "mps", torch.float32) == "torch"
+            assert backends.resolve_backend("auto", device, dtype) == "triton"
+        assert backends.resolve_backend("auto", device, torch.float64) == "torch"
+    assert backends.resolve_backend("auto", "mps", torch.float32) == "torch"
 
 
 @pytest.fixture
-def without_triton(monkeypatch):
+def without_triton(monkeypatch, forgotten_backends):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "modeling_minrnn.scan_triton")
-    scan._is_installed.cache_clear()
-    yield
-    scan._is_installed.cache_clear()
 
 
 @pytest.mark.oldest
 def test_auto_on_a_gpu_without_triton_is_torch_with_one_warning(without_triton):
     with pytest.warns(UserWarning, match='pip install triton; "auto" falls back to "torch"') as caught:
         for _ in range(3):
-            assert scan.resolve_backend("auto", "cuda", torch.bfloat16) == "torch"
+            assert backends.resolve_backend("auto", "cuda", torch.bfloat16) == "torch"
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scan.resolve_backend("auto", "mps", torch.float32)
+        backends.resolve_backend("auto", "mps", torch.float32)
 
 
 @pytest.mark.oldest
@@ -225,10 +222,11 @@ def test_asking_for_an_absent_triton_says_what_to_install(without_triton, T):
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("backend", ["triton", "triton_batch_invariant"])
-def test_triton_refuses_cpu_tensors_and_float64(backend, monkeypatch):
+def test_triton_refuses_cpu_tensors_and_float64(backend, monkeypatch, forgotten_backends):
     with pytest.raises(ValueError, match=f"'{backend}' backend .* not in torch.float64 .*; use \"torch\""):
         minrnn_scan(torch.zeros(1, 5, 4, dtype=torch.float64), "mingru", backend=backend)
     monkeypatch.setattr(scan_triton, "INTERPRETED", False)
+    backends.kernels.cache_clear()
     with pytest.raises(ValueError, match="on cuda or xpu, not in torch.float32 on 'cpu'"):
         minrnn_scan(torch.zeros(1, 5, 4), "mingru", backend=backend)
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from modeling_minrnn import MinRNNConfig
+from modeling_minrnn.cells import cell_of
 from modeling_minrnn.diagnose import StateReport
 
 from .checkpoint import SETTINGS_FILE, Progress, TrainingState, write_file
@@ -171,6 +172,8 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
     name: a repository id, or what the folder is called. settings: `config` as the YAML that a reader is to see.
     """
     data = config.data
+    cell_type = config.model.get("cell_type", MinRNNConfig.cell_type)
+    cells = [cell_type] if isinstance(cell_type, str) else cell_type
     if data.task:
         corpus = f"questions of the synthetic task {data.task}"
         held_out = "questions of {} to {} tokens".format(*data.held_out_lengths)
@@ -210,7 +213,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         ),
         template_path=str(CARD_TEMPLATE),
         name=name,
-        cell={"mingru": "minGRU", "minlstm": "minLSTM"}[config.model.get("cell_type", MinRNNConfig.cell_type)],
+        cell=" and ".join(dict.fromkeys(cell_of(name).label for name in cells)),
         parameters=f"{model.parameters:,}",
         corpus=corpus,
         held_out=held_out,

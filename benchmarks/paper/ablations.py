@@ -9,7 +9,7 @@ one after the other, so that all variants have had the first before the second b
 held_out_loss: nats per character over the whole held-out text, read once with the state carried (train.evaluate).
 state_norm, largest_state: of the layer where it is largest, over the same text (MinRNNForCausalLM.diagnose_states).
 
-The variants are no options of the product: below are the modules that replace its own.
+Where a variant is no option of the product, it is a cell or a module below that replaces the product's own.
 """
 
 import time
@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import logsigmoid
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.harness import HERE, Report, parser
 from benchmarks.paper.models import Logits
 from benchmarks.paper.training import train
-from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
-from modeling_minrnn.causal_conv import conv_taps, windows_after
-from modeling_minrnn.modeling_minrnn import MinRNNCausalConv, MinRNNDecoderLayer, MinRNNRecurrence
-from modeling_minrnn.scan import minrnn_scan
+from modeling_minrnn import MinRNNForCausalLM
+from modeling_minrnn.cells import CELLS, Cell, Linear, g
+from modeling_minrnn.masks import NO_MASKS
+from modeling_minrnn.modeling_minrnn import MinRNNDecoderLayer
 from train import build_model, evaluate, parameter_groups
 from training.config import load_config
 from training.data import RandomWindows, load_documents, token_stream
@@ -39,64 +39,41 @@ SETTING = HERE.parent / "configs" / "shakespeare-char-cpu.yaml"
 STEPS = 600
 
 
-class SignedRecurrence(MinRNNRecurrence):
-    """minGRU with candidates v instead of g(v): h[t] = (1 - z) h[t-1] + z v, so that a state may be negative.
+@dataclass(frozen=True)
+class UnnormalisedMinLSTM(Cell):
+    """minLSTM with its gates as they are: h[t] = f h[t-1] + i g(v), f = sigmoid(forget), i = sigmoid(input)."""
 
-    The recurrence is linear in its candidates, and v = g(relu(v)) - g(relu(-v)), as g(x) = x + 0.5 for x >= 0: it is
-    the difference of two that start at the state and at zero.
+    name, label, source = "minlstm_unnormalised", "minLSTM, f and i not normalised", "arXiv 2410.01201"
+
+    def blocks(self, D: int) -> tuple[int, ...]:
+        return D, D, D
+
+    def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Linear:
+        forget, input_, v = projected.chunk(3, -1)
+        return Linear(logsigmoid(forget), torch.sigmoid(input_) * g(v))
+
+
+CELLS[UnnormalisedMinLSTM.name] = UnnormalisedMinLSTM
+
+
+class ConvThenRNN(nn.Module):
+    """rnn(n + conv(n)) of n = norm(x): a convolution in the branch of the RNN, not on the residual stream.
+
+    The cache keeps the window of x, as it does for a convolution of the layer's own.
     """
 
-    def go_on(self, hidden_states, state, reset_mask=None, padding_mask=None, exact_states=False, group=None):
-        gate, v = self.in_proj(hidden_states).to(state.dtype).chunk(2, -1)  # bf16 would lose digits in the difference
-        masks = {"reset_mask": reset_mask, "padding_mask": padding_mask, "backend": self.backend, "group": group}
-        above, final_above = minrnn_scan(
-            torch.cat([gate, relu(v)], -1), "mingru", state, reset_state=self.own_initial_state(), **masks
-        )
-        below, final_below = minrnn_scan(torch.cat([gate, relu(-v)], -1), "mingru", **masks)
-        states = above - below
-        return self.out_proj(states.to(hidden_states.dtype)), states, final_above - final_below
+    def __init__(self, layer: MinRNNDecoderLayer):
+        super().__init__()
+        self.norm, self.conv, self.rnn = layer.rnn_norm, layer.conv, layer.rnn
 
-
-class UnnormalisedGates(nn.Linear):
-    """minLSTM with its gates as they are: h[t] = f h[t-1] + i g(v), f = sigmoid(forget), i = sigmoid(input).
-
-    It is the minGRU's recurrence with z = 1 - f and the candidate x for which z g(x) = i g(v): g has an inverse on
-    (0, inf), y - 0.5 from 0.5 on and logit(y) below. So its projection is made one for a minGRU.
-    """
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        forget, input_, v = super().forward(hidden_states).to(self.weight.dtype).chunk(3, -1)
-        candidate = torch.where(v >= 0, relu(v) + 0.5, torch.sigmoid(v))
-        y = torch.sigmoid(input_) * candidate / torch.sigmoid(-forget)
-        smallest = torch.finfo(y.dtype).tiny  # its logit is finite
-        x = torch.where(y >= 0.5, y - 0.5, torch.logit(y.clamp(smallest, 0.5)))
-        return torch.cat([-forget, x], -1)
-
-
-class ConvolvedRecurrence(MinRNNRecurrence):
-    """rnn(n + conv(n)) of the normed input n: a convolution in the branch of the RNN, not on the residual stream.
-
-    Its state (B, D + (K - 1) H) is that of the recurrence, then the window of the convolution.
-    """
-
-    def __init__(self, config: MinRNNConfig):
-        super().__init__(config)
-        self.conv = MinRNNCausalConv(config)
-
-    def start(self, batch_size: int, like: Tensor) -> Tensor:
+    def forward(self, hidden_states, masks=NO_MASKS, cache_layer=None, group=None):
         H, K = self.conv.weight.shape
-        state = super().start(batch_size, like)
-        return torch.cat([state, state.new_zeros(batch_size, (K - 1) * H)], -1)
-
-    def go_on(self, hidden_states, state, reset_mask=None, padding_mask=None, exact_states=False, group=None):
-        H, K = self.conv.weight.shape
-        state, window = state.split([self.state_size, (K - 1) * H], -1)
-        window = window.unflatten(-1, (K - 1, H)).to(hidden_states.dtype)
-        taps = conv_taps(K, reset_mask, padding_mask)
-        convolved = hidden_states + self.conv(hidden_states, window, taps)
-        output, states, final_state = super().go_on(convolved, state, reset_mask, padding_mask, exact_states, group)
-        [window] = windows_after(hidden_states, window, taps, hidden_states.shape[1] - 1)
-        return output, states, torch.cat([final_state, window.flatten(1).to(final_state.dtype)], -1)
+        window = hidden_states.new_zeros(len(hidden_states), K - 1, H)
+        if cache_layer is not None:
+            window = cache_layer.get_window(window)
+        normed = self.norm(hidden_states)
+        convolved = normed + self.conv(normed, self.norm(window), masks.taps)
+        return self.rnn(convolved, masks, cache_layer, group)
 
 
 class ConvThenMLP(nn.Module):
@@ -111,35 +88,16 @@ class ConvThenMLP(nn.Module):
         return added + self.mlp(self.norm(hidden_states + added))
 
 
-Change = Callable[[MinRNNDecoderLayer, MinRNNConfig], None]
+Change = Callable[[MinRNNDecoderLayer], None]
 
 
-def signed_state(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
-    put(SignedRecurrence, layer, config)
-
-
-def gates_as_they_are(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
-    linear = layer.rnn.in_proj
-    gates = UnnormalisedGates(linear.in_features, linear.out_features, linear.bias is not None)
-    gates.weight, gates.bias = linear.weight, linear.bias
-    layer.rnn.in_proj, layer.rnn.cell_type = gates, "mingru"
-
-
-def conv_in_the_branch(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
-    layer.rnn.conv = layer.conv
-    put(ConvolvedRecurrence, layer, config)
+def conv_in_the_branch(layer: MinRNNDecoderLayer) -> None:
+    layer.rnn, layer.rnn_norm = ConvThenRNN(layer), nn.Identity()
     del layer.conv
-    layer.has_conv, layer.window_size = False, 0
+    layer.has_conv = False
 
 
-def put(kind: type[MinRNNRecurrence], layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
-    """In the place of the recurrence, with its weights."""
-    rnn = kind(config).to(layer.rnn.in_proj.weight.dtype)
-    rnn.load_state_dict(layer.rnn.state_dict())
-    layer.rnn = rnn
-
-
-def mlp_before_rnn(layer: MinRNNDecoderLayer, config: MinRNNConfig) -> None:
+def mlp_before_rnn(layer: MinRNNDecoderLayer) -> None:
     layer.conv = ConvThenMLP(layer)
     del layer.mlp_norm, layer.mlp
     layer.has_mlp = False
@@ -157,7 +115,7 @@ class Variant:
         model = build_model(setting | self.model, tokenizer)
         if self.change:
             for layer in model.model.layers:
-                self.change(layer, model.config)
+                self.change(layer)
         return model
 
     def parameter_groups(self, model: MinRNNForCausalLM, weight_decay: float) -> list[dict[str, Any]]:
@@ -180,7 +138,7 @@ VARIANTS = {
     "no MLP": Variant(NO_MLP),
     "no MLP, state 822 wide": Variant(NO_MLP | {"expansion_factor": 822 / 224}),
     "no MLP, 7 layers": Variant(NO_MLP | {"num_hidden_layers": 7}),
-    "candidate v for g(v), signed state": Variant(change=signed_state),
+    "candidate v for g(v), signed state": Variant({"candidate": "linear"}),
     "max_timescale 64": Variant({"max_timescale": 64}),
     "max_timescale 256": Variant({"max_timescale": 256}),
     "initializer_range 0.02": Variant({"initializer_range": 0.02}),
@@ -192,7 +150,7 @@ VARIANTS = {
     "minLSTM": Variant(MINLSTM),
     "minLSTM, initializer_range 0.02": Variant(MINLSTM | {"initializer_range": 0.02}),
     "minLSTM, max_timescale 256": Variant(MINLSTM | {"max_timescale": 256}),
-    "minLSTM, f and i not normalised": Variant(MINLSTM, change=gates_as_they_are),
+    "minLSTM, f and i not normalised": Variant({"cell_type": UnnormalisedMinLSTM.name}),
 }
 
 

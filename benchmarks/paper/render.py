@@ -16,10 +16,11 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.paper import long_context
+from benchmarks.paper import cells, long_context
 from benchmarks.paper.shakespeare import BUDGETS, RATES, TARGETS
 from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
+from modeling_minrnn.cells import cell_of
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,7 +56,7 @@ def parameters() -> str:
         cells = []
         for alpha in (1, 2, 3, 4):
             config = MinRNNConfig(vocab_size=1, hidden_size=hidden, expansion_factor=alpha, cell_type=cell_type)
-            minimal = MinRNNRecurrence(config).in_proj.weight.numel()
+            minimal = MinRNNRecurrence(config, 0).in_proj.weight.numel()
             full = sum(p.numel() for p in baseline(hidden, alpha * hidden, bias=False).parameters())
             cells.append(f"{100 * minimal / full:.1f}")
         lines.append((name, *cells))
@@ -347,6 +348,64 @@ def plot_ablations(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+CELL_FIGURES = {  # by experiment, what the table of cells shows
+    "parity": ("parity at 1024, %", "accuracy_1024"),
+    "majority": ("majority at 256, %", "accuracy_256"),
+    "recall": ("recall of 8 pairs, %", "accuracy_8"),
+    "selective_copying": ("selective copying, %", "accuracy"),
+    "shakespeare": ("Shakespeare, nats", "held_out_loss"),
+}
+
+
+def cell_runs(sweep: bool) -> dict[tuple, list[Row]]:
+    """Of each cell and experiment, in the order of the cells."""
+    found = rows("paper_cells", "experiment", "contender", "sweep", "seed", *(["learning_rate"] if sweep else []))
+    order = list(cells.CONTENDERS)
+    own = sorted((row for row in found if row["sweep"] == sweep), key=lambda row: order.index(row["contender"]))
+    return grouped(own, "contender", "experiment")
+
+
+def which_cell() -> str:
+    runs, lines = cell_runs(sweep=False), []
+    for name in cells.CONTENDERS:
+        figures = []
+        for experiment, (_, value) in CELL_FIGURES.items():
+            values = [row[value] for row in runs.get((name, experiment), ())]
+            figures.append((nats if value == "held_out_loss" else spread)(values) if values else "not run")
+        lines.append((name, cells.GOOD_FOR[name], *figures))
+    return table(["", "what for", *(label for label, _ in CELL_FIGURES.values())], lines)
+
+
+def cell_settings() -> str:
+    """Of the same table, what each figure rests on."""
+    runs, swept, lines = cell_runs(sweep=False), cell_runs(sweep=True), []
+    for name in cells.CONTENDERS:
+        found = {experiment: runs[name, experiment] for experiment in CELL_FIGURES if (name, experiment) in runs}
+        texts = [f"{found[text][0][key]:,}" if text in found else "" for text in ("parity", "shakespeare")
+                 for key in ("parameters", "state_size")]  # fmt: skip
+        for experiment in CELL_FIGURES:
+            own = found.get(experiment, [])
+            tried = len(swept.get((name, experiment), ())) or 1
+            seeds = f"{len(own)} seed" + "s" * (len(own) > 1)
+            texts.append(f"{own[0]['steps']:,}; {seeds}; {own[0]['learning_rate']:g} of {tried}" if own else "not run")
+        lines.append((name, *texts))
+    columns = "parity: parameters", "state", "Shakespeare: parameters", "state"
+    return table(["", *columns, *(experiment.replace("_", " ") for experiment in CELL_FIGURES)], lines)
+
+
+def signed_parity() -> str:
+    """By length, of all cells and seeds that were trained for as long as the signed cell."""
+    kind = "parity", False, cells.STEPS["parity"]
+    runs = rows("paper_cells", "experiment", "contender", "sweep", "seed", "steps")
+    found = [row for row in runs if (row["experiment"], row["sweep"], row["steps"]) == kind]
+    columns = [f"accuracy_{length}" for length in cells.LENGTHS] + [f"last_{cells.LENGTHS[-1]}"]
+    lines = [
+        (name, len(own), *(f"{100 * min(row[column] for row in own):.2f}" for column in columns))
+        for (name,), own in grouped(found, "contender").items()
+    ]
+    return table(["worst seed, %", "seeds", *(f"{n} tokens" for n in cells.LENGTHS), "the last of 1024"], lines)
+
+
 SWEPT = ("preset", "cell_type", "steps", "batch_size", "warmup_steps", "max_timescale", "initializer_range")
 
 
@@ -368,7 +427,7 @@ def presets() -> str:
     lines = [
         (
             preset,
-            {"mingru": "minGRU", "minlstm": "minLSTM"}[cell],
+            cell_of(cell).label,
             steps,
             batch,
             warmup,
@@ -466,6 +525,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "offline rl": offline_rl,
         "decision step": decision_step,
         "ablations": ablations,
+        "signed parity": signed_parity,
+        "which cell": which_cell,
+        "cell settings": cell_settings,
         "presets": presets,
     },
     "long-context.md": {

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel, MambaCo
 
 from benchmarks.harness import Report, interleave, parser, peak_bytes, timed
 from modeling_minrnn import MinRNNConfig, MinRNNModel, minrnn_scan
-from modeling_minrnn.scan import GATES
+from modeling_minrnn.cells import cell_of
 
 BATCH, WIDTH = 4, 64
 LENGTHS = [64, 256, 1024, 4096, 16384]
@@ -36,7 +36,7 @@ MINIMAL, BLOCK = "minGRU", "MinRNN block, minGRU"  # what the others are compare
 class Minimal(nn.Module):
     def __init__(self, cell_type: str):
         super().__init__()
-        self.cell_type, self.in_proj = cell_type, nn.Linear(WIDTH, GATES[cell_type] * WIDTH)
+        self.cell_type, self.in_proj = cell_type, nn.Linear(WIDTH, sum(cell_of(cell_type).blocks(WIDTH)))
 
     def forward(self, x: Tensor) -> Tensor:
         return minrnn_scan(self.in_proj(x), self.cell_type)[0]

@@ -1,0 +1,92 @@
+"""Which implementation computes: the backends there are, where each runs, and what "auto" stands for."""
+
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant", "log")
+
+# Backends of compiled kernels, which need a package. On a device "auto" takes the first that is made for it.
+COMPILED = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "triton_batch_invariant": ("cuda", "xpu")}
+
+# Custom code from the Hub is a package of its own: its operators must not take the names of the installed ones.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+
+
+class Kernels(NamedTuple):
+    """What a backend brings.
+
+    Attributes:
+        solve: the recurrence alone, for every cell; the contract is that of `scan_torch.solve`.
+        log_sum: the recurrence of log-sums; the contract is that of `scan_torch.log_sum`.
+        block_elements: of state that `solve` is given at a time; None for whole sequences.
+        fused: the cells, by `Cell.spec`, that `forward` and `backward` compute in one pass, gates included.
+        devices: device types.
+    """
+
+    solve: Callable
+    log_sum: Callable
+    block_elements: int | None
+    fused: frozenset[str] = frozenset()
+    forward: Callable = NotImplemented
+    backward: Callable = NotImplemented
+    devices: tuple[str, ...] = ()
+
+
+@functools.cache
+def kernels(backend: str, device_type: str) -> Kernels:
+    """The kernels of "torch" or of a backend of COMPILED. Raises ImportError where they are not installed."""
+    from .scan_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_ACCELERATOR, log_sum, solve
+
+    if backend == "torch":
+        return Kernels(solve, log_sum, BLOCK_ELEMENTS if device_type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR)
+    if backend == "numba":
+        from .scan_numba import BLOCK_ELEMENTS as BLOCK_ELEMENTS_NUMBA
+        from .scan_numba import CODES, backward, forward
+        from .scan_numba import log_sum as numba_log_sum
+        from .scan_numba import solve as numba_solve
+
+        fused = frozenset(CODES)
+        return Kernels(numba_solve, numba_log_sum, BLOCK_ELEMENTS_NUMBA, fused, forward, backward, COMPILED[backend])
+    from .scan_triton import FUSED, INTERPRETED
+    from .scan_triton import backward as triton_backward
+    from .scan_triton import forward as triton_forward
+    from .scan_triton import solve as triton_solve
+
+    fixed = functools.partial(functools.partial, batch_invariant=backend == "triton_batch_invariant")
+    devices = ("cpu",) if INTERPRETED else COMPILED[backend]
+    return Kernels(fixed(triton_solve), log_sum, None, FUSED, fixed(triton_forward), fixed(triton_backward), devices)
+
+
+@torch.compiler.assume_constant_result  # for a compiler the answer does not change
+def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that runs: what "auto" stands for, or the one that was asked for.
+
+    Raises ImportError where the one asked for is not installed, ValueError where it does not take such tensors.
+    """
+    if backend == "auto":
+        fits = [name for name, devices in COMPILED.items() if device_type in devices and dtype != torch.float64]
+        return fits[0] if fits and _is_installed(fits[0]) else "torch"
+    if backend in COMPILED:
+        devices = kernels(backend, device_type).devices
+        if device_type not in devices or dtype == torch.float64:
+            raise ValueError(
+                f"the {backend!r} backend computes in float32 on {' or '.join(devices)}, not in {dtype} on "
+                f'{device_type!r}; use "torch"'
+            )
+    return backend
+
+
+@functools.cache
+def _is_installed(backend: str) -> bool:
+    try:
+        kernels(backend, COMPILED[backend][0])
+    except ImportError as error:
+        if backend != "numba":  # nobody has a GPU in order to run the portable implementation
+            warnings.warn(f'{error}; "auto" falls back to "torch", which is slower', stacklevel=2)
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""Where a batch has padding, where documents begin, and what the convolution may therefore see.
+
+B batch, T time, K convolution kernel size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Masks(NamedTuple):
+    """What each layer must know of the tokens, but their values.
+
+    Attributes:
+        padding: (B, T) True where a token is padding; None where none is.
+        reset: (B, T) True at the first token of each document; None for one document a row.
+        taps: of `conv_taps`; None without padding and documents.
+    """
+
+    padding: Tensor | None = None
+    reset: Tensor | None = None
+    taps: Tensor | None = None
+
+    @classmethod
+    def of(cls, padding: Tensor | None, reset: Tensor | None, kernel_size: int) -> "Masks":
+        return cls(padding, reset, conv_taps(kernel_size, reset, padding))
+
+    def reversed(self, kernel_size: int) -> "Masks":
+        """Of the sequence read from its end: documents begin at their last tokens."""
+        padding = None if self.padding is None else self.padding.flip(1)
+        reset = None if self.reset is None else torch.nn.functional.pad(self.reset[:, 1:], (0, 1)).flip(1)
+        return Masks.of(padding, reset, kernel_size)
+
+
+NO_MASKS = Masks()
+
+
+def conv_taps(kernel_size: int, reset_mask: Tensor | None, padding_mask: Tensor | None) -> Tensor | None:
+    """Where each tap of each token reads: (B, T, K) positions along time in [window | x], -1 for nothing (zero).
+
+    A token sees itself and the K - 1 real tokens before it in its document: padding is passed over, and nothing is
+    read from before a reset. `taps[:, t, 1:]` is therefore the window that is left after token t, and a padding token
+    sees no more than that: what it sees does not depend on whether x begins before it or with it. Without masks tap k
+    of token t reads t + k, and None says so; it also stands for no taps at all.
+    """
+    mask = padding_mask if reset_mask is None else reset_mask
+    if mask is None or kernel_size == 0:
+        return None
+    position = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    document = torch.zeros_like(position) if reset_mask is None else reset_mask.long().cumsum(1)
+    rank, at_rank = position, position  # of each token, or the last real one before it, among the real tokens
+    if padding_mask is not None:
+        rank = (~padding_mask).long().cumsum(1) - 1
+        at_rank = padding_mask.long().argsort(dim=1, stable=True)
+    back = torch.arange(kernel_size - 1, -1, -1, device=mask.device)
+    source_rank = (rank[..., None] - back).flatten(1)  # negative: in the window, which belongs to document 0
+    source = at_rank.gather(1, source_rank.clamp(min=0))
+    source_document = document.gather(1, source).masked_fill(source_rank < 0, 0)
+    source = torch.where(source_rank < 0, source_rank, source) + kernel_size - 1
+    source = source.masked_fill(source_document != document.repeat_interleave(kernel_size, 1), -1)
+    taps = source.unflatten(1, (mask.shape[1], kernel_size))
+    if padding_mask is not None:
+        taps = taps.masked_fill(padding_mask[..., None] & (back == kernel_size - 1), -1)
+    return taps
+
+
+def _none_if_empty(mask: Tensor | None) -> Tensor | None:
+    """None for a mask that is False everywhere, where the question costs no synchronisation and breaks no graph."""
+    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.any():
+        return mask
+    return None
+
+
+def padding_mask_of(attention_mask: Tensor | None, B: int, T: int) -> Tensor | None:
+    """(B, T) True where a token is padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+        raise ValueError(f"attention_mask must be (B, >= T) = ({B}, >= {T}), not {tuple(attention_mask.shape)}")
+    return _none_if_empty(attention_mask[:, -T:] == 0)
+
+
+def reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int) -> Tensor | None:
+    """(B, T) True at the first token of each document. What numbers documents says nothing about a row's first token,
+    which goes on from the cache."""
+    for name, tensor in (("reset_mask", reset_mask), ("seq_idx", seq_idx), ("position_ids", position_ids)):
+        if tensor is not None and tensor.shape not in ((B, T), (1, T)):
+            raise ValueError(f"{name} must be ({B}, {T}), or (1, {T}) for all rows alike, not {tuple(tensor.shape)}")
+    if reset_mask is not None:
+        if reset_mask.dtype != torch.bool:
+            raise ValueError(f"reset_mask must be bool, not {reset_mask.dtype}")
+    elif seq_idx is not None:
+        reset_mask = torch.nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    elif cu_seq_lens_q is not None:
+        if B != 1:
+            raise ValueError(f"cu_seq_lens_q describes a batch of one packed row, not {B} rows")
+        positions = torch.arange(1, T, device=cu_seq_lens_q.device)
+        reset_mask = torch.nn.functional.pad(torch.isin(positions, cu_seq_lens_q), (1, 0))[None]
+    elif position_ids is not None:
+        reset_mask = position_ids == 0
+        if padding_mask is not None:  # the positions of padding are arbitrary
+            reset_mask = reset_mask & ~padding_mask
+    return _none_if_empty(None if reset_mask is None else reset_mask.expand(B, T))
