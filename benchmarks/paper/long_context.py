@@ -1,14 +1,15 @@
 """Past the training length: do loss, states and recall hold where a model was never trained?
 
-minGRU, minLSTM, Mamba and GPT-2 (transformers' classes) of equal size, trained alike on one CPU thread, as
+minGRU and the other cells, Mamba and GPT-2 (transformers' classes) of equal size, trained alike on one CPU thread, as
 benchmarks/paper/training.py does, on BATCH sequences of TRAINED_LENGTH tokens. GPT-2's table of positions, of which it
 learns the first TRAINED_LENGTH, is not counted. Experiments:
 
 text     bytes of Python's standard library. loss: nats a byte of held-out text at positions up to 64 times
          TRAINED_LENGTH, each row from half its position on; loss_in_parts: of the same bytes, each read with no more
          than TRAINED_LENGTH before it, so that a text which is harder there does not pass for a failure. state_rms and
-         largest_state: of the states after so many tokens (none of GPT-2, which keeps all it read). MinRNN's are means
-         of candidates, and so bounded; "Stuffed Mamba" (arXiv 2410.07145) warns of states that are not.
+         largest_state: of the states after so many tokens (none of GPT-2, which keeps all it read). minGRU's and
+         minLSTM's are means of candidates, and so bounded; "Stuffed Mamba" (arXiv 2410.07145) warns of states that
+         are not.
 passkey  a 5-digit key anywhere in a text of random letters, asked for at its end; trained on lengths up to
          TRAINED_LENGTH. accuracy: all five digits right, by length, for minGRU with states of 1, 2 and 4 times the
          width as well.
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.harness import Report, parser
-from benchmarks.paper.models import Family, parameters
+from benchmarks.paper.models import CELL_TYPES, Family, parameters
 from benchmarks.paper.training import train
 from modeling_minrnn import MinRNNForCausalLM
 from training.config import STDLIB, DataConfig
@@ -45,6 +46,8 @@ TRAINED_PAIRS, PAIRS = 8, [4, 8, 12, 16, 24]
 BATCH, WIDTH, LAYERS = 32, 64, 2
 # The best on the text of those tried in 300 steps; Mamba's and GPT-2's are the highest tried.
 LEARNING_RATES = {"minGRU": 1e-2, "minLSTM": 1e-2, "Mamba": 8e-3, "GPT-2": 4e-3}
+# The other cells have minGRU's, which is not swept for them.
+LEARNING_RATES |= {name: LEARNING_RATES["minGRU"] for name in CELL_TYPES if name not in LEARNING_RATES}
 # For passkeys and recall: MinRNN's as on the text; Mamba's and GPT-2's are not swept.
 LEARNING_RATES_OF_QUESTIONS = LEARNING_RATES | {"Mamba": 4e-3, "GPT-2": 5e-4}
 STEPS = {"text": 1000, "passkey": 2000, "recall": 4000}

@@ -17,7 +17,9 @@ from transformers import (
 
 from benchmarks.paper.mamba_scan import fused_scan
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from modeling_minrnn.cells import CELLS
 
+CELL_TYPES = {cell.label: name for name, cell in CELLS.items()}  # contenders that are a MinRNN
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
@@ -55,8 +57,8 @@ class Recurrent(nn.Module):
 class Family:
     """Models that differ in kind and width alone.
 
-    positions: the longest sequence. heads: of attention. minrnn: further arguments of MinRNNConfig. transformer: of
-    GPT2Config and LlamaConfig.
+    positions: the longest sequence. heads: of attention. minrnn: further arguments of MinRNNConfig, max_timescale for
+    the cells that have a memory to set. transformer: of GPT2Config and LlamaConfig.
     """
 
     vocabulary: int
@@ -71,8 +73,11 @@ class Family:
     def build(self, name: str, width: int) -> nn.Module:
         shared = {"vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, **NO_TOKENS}
         depth = {"hidden_size": width, "num_hidden_layers": self.layers}
-        if name in ("minGRU", "minLSTM"):
-            config = MinRNNConfig(**shared, **depth, cell_type=name.lower(), dropout=self.dropout, **self.minrnn)
+        if name in CELL_TYPES:
+            cell = CELL_TYPES[name]
+            own = {name: value for name, value in self.minrnn.items()
+                   if name != "max_timescale" or CELLS[cell].remembers_by}  # fmt: skip
+            config = MinRNNConfig(**shared, **depth, cell_type=cell, dropout=self.dropout, **own)
             return Logits(MinRNNForCausalLM(config))
         if name in ("nn.GRU", "nn.LSTM"):
             return Recurrent(getattr(nn, name.removeprefix("nn.")), self.vocabulary, width, self.layers)
@@ -97,7 +102,9 @@ class Family:
         """Of the width, a multiple of 4, with which its parameters come nearest to those of a minGRU of `width`."""
         with torch.device("meta"):
             target = parameters(self.build("minGRU", width))
-            step = 2 * self.heads if name in ("Llama", "GPT-2") else 4  # rotary positions need an even head
+            steps = {"Llama": 2 * self.heads, "GPT-2": 2 * self.heads}  # rotary positions need an even head
+            steps["LMU"] = 16  # its order at any width
+            step = steps.get(name, 4)
             widths = range(step, 4 * width, step)
             best = min(widths, key=lambda width: abs(parameters(self.build(name, width)) - target))
         return self.build(name, best)
