@@ -3,7 +3,7 @@
 Counted, in processes that share each sequence (gloo, fp32), for 6 layers of width 384 and vocabulary 256:
     activation_bytes  what autograd keeps for the backward pass, on the process that keeps most
     scan_bytes        what a process sends of the recurrence in a forward pass, a layer: 2 B D numbers, whatever T is
-    scan_bytes_back   the same in the backward pass: B D numbers
+    scan_bytes_back   the same in the backward pass: as many for each process
     conv_bytes        what it sends of the convolution windows in a forward pass, a layer
     conv_bytes_back   the same in the backward pass: the gradients of the windows of all
     gradient_bytes    what DistributedDataParallel reduces, a step
@@ -80,7 +80,7 @@ def counted_bytes(model: MinRNNForCausalLM, parallel: DistributedDataParallel) -
             if x.dim() == 1:
                 name = "gradient"
             elif x.shape[-1] == D:
-                name = "scan" if x.dim() == 3 else "scan_back"  # (2, B, D), (B, D)
+                name = "scan" if x.dim() == 3 else "scan_back"  # (2, B, D), and that of all ranks
             else:
                 name = "conv" if x.dim() == 3 else "conv_back"  # (B, K - 1, H + K - 1), and that of all ranks
             sent[name] += x.nbytes
@@ -202,7 +202,7 @@ def counted(cell_type: str, length: int, ranks: int) -> dict[str, object]:
         "section": "context", "cell": cell_type, "T": length, "ranks": ranks,
         "activation_bytes": most["activation_bytes"],
         "scan_bytes": Bound(most["scan"] / LAYERS, at_most=2 * state_bytes),
-        "scan_bytes_back": Bound(most["scan_back"] / LAYERS, at_most=state_bytes),
+        "scan_bytes_back": Bound(most["scan_back"] / LAYERS, at_most=2 * ranks * state_bytes),
         "conv_bytes": most["conv"] / LAYERS,
         "conv_bytes_back": most["conv_back"] / LAYERS,
         "gradient_bytes": most["gradient"],

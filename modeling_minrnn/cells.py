@@ -188,7 +188,7 @@ class _MinRNN(Cell):
         if self.candidate == "linear":
             return torch.ones_like(x)
         s = torch.sigmoid(x.clamp(max=0))  # s * (1 - s) is 1/4 where x >= 0
-        return torch.addcmul(s, s, s, value=-1).add_((x >= 0).to(s.dtype), alpha=0.75)
+        return torch.addcmul(s, s, s, value=-1).add_(torch.ge(x, 0, out=torch.empty_like(s)), alpha=0.75)
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,6 @@ class MinGRU(_MinRNN):
     def gates(self, projected, parameters, log_sums):
         gate, x = projected.chunk(2, -1)
         return Convex(gate, self._candidate(x))
-
-    def log_decay(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Tensor:
-        """log |a| of the tokens, from which a memory follows."""
-        return self.gates(projected, parameters, log_sums).log_decay
 
     def gates_backward(self, projected, d_log_odds, d_candidate):
         return torch.cat([d_log_odds, d_candidate * self._slope(projected.chunk(2, -1)[1])], -1)
@@ -234,10 +230,6 @@ class MinLSTM(_MinRNN):
         forget_low, input_low = forget.clamp(max=0), input_.clamp(max=0)
         small = torch.log1p(torch.exp(2 * forget_low - forget)) - torch.log1p(torch.exp(2 * input_low - input_))
         return Convex((input_low - forget_low) + small, self._candidate(x))
-
-    def log_decay(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Tensor:
-        """log |a| of the tokens, from which a memory follows."""
-        return self.gates(projected, parameters, log_sums).log_decay
 
     def gates_backward(self, projected, d_log_odds, d_candidate):
         forget, input_, x = projected.chunk(3, -1)

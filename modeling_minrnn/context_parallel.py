@@ -61,7 +61,7 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
     The h after a chunk is decay * (h before it) + end: decay is the product of a, end what a scan from zero ends with.
     The L after it is log(exp(L before it + log_decay) + exp(end)), and is settled first, as the gates depend on it.
 
-    Sent by each rank and layer: 2 B (D + E) numbers of the state's dtype, as many backwards.
+    Sent by each rank and layer: 2 B (D + E) numbers of the state's dtype, and backwards as many for each rank.
     """
     if inputs.backend == "loop":
         raise ValueError('the "loop" backend reads a sequence in one process; use "torch" with a group')

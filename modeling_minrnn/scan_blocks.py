@@ -85,10 +85,7 @@ def forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor
     """(states, log_sums, final_state) of `operators.scan`."""
     cell, D = inputs.cell, inputs.D
     if cell.spec in chosen.fused:
-        before, after = _log_sums(_without_tokens(inputs), inputs, chosen, inputs.initial_state[:, D:].double())
-        states, h = chosen.forward(inputs, before.transpose(0, 1))
-        log_sums = after.transpose(0, 1).to(h.dtype, memory_format=torch.contiguous_format)
-        return states, log_sums, torch.cat([h, log_sums[:, -1]], -1)
+        return _fused_forward(inputs, chosen)
     B, T, _ = inputs.projected.shape
     dtype = carry_dtype(inputs.projected.device)
     h, L = inputs.initial_state.to(dtype).tensor_split([D], -1)
@@ -162,23 +159,38 @@ def backward(
     )
 
 
-def _without_tokens(inputs: ScanInputs) -> Block:
-    """All of T with its masks, of a fused cell, whose log-sums do not depend on what the tokens are."""
-    B, T, _ = inputs.projected.shape
-    return load(inputs._replace(projected=inputs.initial_state.new_empty(B, T, 0)), 0, T)
+def _fused_forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor]:
+    D = inputs.D
+    if not inputs.cell.log_sums(D):
+        states, h = chosen.forward(inputs, None)
+        return states, h.new_empty(*states.shape[:2], 0), h
+    before, after = _log_sums(_without_tokens(inputs), inputs, chosen, inputs.initial_state[:, D:].double())
+    states, h = chosen.forward(inputs, before.transpose(0, 1))
+    log_sums = after.transpose(0, 1).to(h.dtype, memory_format=torch.contiguous_format)
+    return states, log_sums, torch.cat([h, log_sums[:, -1]], -1)
 
 
 def _fused_backward(inputs, chosen, states, log_sums, d_states, d_log_sums, d_final_state):
+    if not inputs.cell.log_sums(inputs.D):
+        return chosen.backward(inputs, None, states, d_states, d_final_state)
     D, block = inputs.D, _without_tokens(inputs)
-    start_L, reset_L = inputs.initial_state[:, D:], inputs.reset_state[D:]
-    before = _before(log_sums, start_L, reset_L, block)
+    reset_L = inputs.reset_state[D:]
+    before = _before(log_sums, inputs.initial_state[:, D:], reset_L, block)
     d_x, d_p, d_h, d_reset_h = chosen.backward(inputs, before.transpose(0, 1), states, d_states, d_final_state[:, :D])
     d_L, d_reset_L = d_final_state[:, D:].double(), torch.zeros_like(reset_L, dtype=torch.float64)
-    if len(reset_L):
-        after, upstream = (time_major(x, 0, len(block.x), torch.float64) for x in (log_sums, d_log_sums))
-        upstream, zero = upstream.to(before.dtype), torch.zeros_like(before)
-        _, d_L = _log_sums_backward(block, inputs, before, after, upstream, zero, d_L, d_reset_L, chosen.solve)
+    after, upstream = (
+        time_major(log_sums, 0, len(block.x), d_L.dtype),
+        time_major(d_log_sums, 0, len(block.x), d_h.dtype),
+    )
+    zero = torch.zeros_like(before)
+    _, d_L = _log_sums_backward(block, inputs, before, after, upstream, zero, d_L, d_reset_L, chosen.solve)
     return d_x, d_p, torch.cat([d_h, d_L.to(d_h.dtype)], -1), torch.cat([d_reset_h, d_reset_L.to(d_h.dtype)])
+
+
+def _without_tokens(inputs: ScanInputs) -> Block:
+    """All of T with its masks, for log-sums that do not depend on what the tokens are: those of the fused cells."""
+    B, T, _ = inputs.projected.shape
+    return load(inputs._replace(projected=inputs.initial_state.new_empty(B, T, 0)), 0, T)
 
 
 def derivative(function: Callable, *arguments: Tensor) -> tuple[Any, Callable]:
@@ -265,7 +277,7 @@ def _turns(terms: Convex | Linear, block: Block) -> Turns | None:
 
 
 def _share(terms: Convex | Linear, block: Block) -> Tensor:
-    """share (n, B, D) of `scan_torch.solve`, a = share + (share < 0), without masks. Never zero where 1 - a is."""
+    """share (n, B, D) of `scan_torch.solve`, a = share - floor(share), without masks. Never zero where 1 - a is."""
     tiny = torch.finfo(block.x.dtype).tiny
     if isinstance(terms, Convex):
         share = terms.log_odds.abs().neg_().sigmoid_().clamp_(min=tiny)
@@ -290,7 +302,7 @@ def _solve(
     inflow = _masked(inflow, block.padding, 0).expand(share.shape)
     share = _masked(share, block.padding, -torch.finfo(share.dtype).tiny)
     if block.reset is not None:
-        state = (share + (share < 0)) * (reset_state if turns is None else turns.each(reset_state))
+        state = (share - share.floor()) * (reset_state if turns is None else turns.each(reset_state))
         inflow = torch.where(block.reset, inflow + state, inflow)
         share = torch.where(block.reset, 0, share)
     if turns is None:
@@ -315,7 +327,7 @@ def _solve_backward(
     """
     share, turns = _share(terms, block), _turns(terms, block)
     share = _masked(share, block.padding, -torch.finfo(share.dtype).tiny)
-    a = share + (share < 0)
+    a = share - share.floor()
     d = upstream if turns is None else turns.frame(upstream, back=True)
     carry = carry if turns is None else turns.end(carry, back=True)
     flow, start = solve(_masked(share, block.reset, 0), _masked(a * d, block.reset, 0), carry, reverse=True)
@@ -344,7 +356,8 @@ def _solve_backward(
 
 def _log_sum_terms(terms: LogSum, block: Block, like: Tensor) -> tuple[Tensor, Tensor]:
     """log_decay and score (n, B, E), where padding adds nothing."""
-    log_decay, score = (term.to(like.dtype).expand(*block.x.shape[:2], like.shape[-1]) for term in terms)
+    # Copies: what solves them writes over them.
+    log_decay, score = (term.to(like.dtype, copy=True).expand(*block.x.shape[:2], like.shape[-1]) for term in terms)
     return _masked(log_decay, block.padding, 0), _masked(score, block.padding, NOTHING_SEEN)
 
 

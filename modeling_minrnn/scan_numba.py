@@ -11,6 +11,7 @@ there are too few rows. They come from a pool of our own around kernels that run
 """
 
 import functools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -30,6 +31,11 @@ except ImportError as error:
 from .cells import NOTHING_SEEN, softplus
 from .scan_blocks import ScanInputs, derivative
 
+# Not "nnan" or "ninf": a NaN that comes in must go out.
+OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
+# For functions of numbers, which LLVM puts into each loop; inline="always" would have each compiled with them anew.
+scalar = numba.njit(forceinline=True, **OPTIONS)
+
 
 def compile_kernel(*argument_types):
     """Compile to a C function of these arguments and (b_start, b_stop, d_start, d_stop), kept on disk between
@@ -38,14 +44,12 @@ def compile_kernel(*argument_types):
     Arrays come as addresses: slicing an array that Python owns costs two atomic operations, as much as a short row.
     """
     signature = void(*argument_types, int64, int64, int64, int64)
-    # Not "nnan" or "ninf": a NaN that comes in must go out.
-    options = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
 
     def compile(function):
         try:
-            return numba.cfunc(signature, cache=True, **options)(function).ctypes
+            return numba.cfunc(signature, cache=True, **OPTIONS)(function).ctypes
         except (RuntimeError, OSError):  # no folder for the cache, or no room in it
-            return numba.cfunc(signature, **options)(function).ctypes
+            return numba.cfunc(signature, **OPTIONS)(function).ctypes
 
     return compile
 
@@ -112,7 +116,7 @@ def fetch_ahead(
     prefetch(d_states.ctypes.data, up - ahead * d_stride_t, width)
 
 
-@numba.njit(inline="always")
+@scalar
 def exp_and_rest(x):
     """exp(x) and 1 - exp(x), each to 2 ulp, for float32 x <= 0; below -87 as at -87, where exp is about 1e-38."""
     x = np.float32(-87.0) if x < np.float32(-87.0) else x
@@ -132,97 +136,89 @@ def exp_and_rest(x):
     return exp, -p * r if n == np.float32(0.0) else np.float32(1.0) - exp
 
 
-@numba.njit(inline="always")
+@scalar
 def exp_nonpositive(x):
     return exp_and_rest(x)[0]
 
 
-@numba.njit(inline="always")
+@scalar
 def sigmoids(x):
     """sigmoid(x) and sigmoid(-x)."""
     e = exp_nonpositive(-abs(x))
     large = np.float32(1.0) / (np.float32(1.0) + e)
     small = e * large
-    return (large, small) if x >= np.float32(0.0) else (small, large)
+    is_large = x >= np.float32(0.0)
+    return large if is_large else small, small if is_large else large
 
 
-@numba.njit(inline="always")
+@scalar
 def smaller(a, z):
     """The share of `scan_torch.solve` for a and z = 1 - a: the smaller one, with a sign that says which."""
     return a if a < z else -z
 
 
-@numba.njit(inline="always")
+@scalar
 def both(share):
     """(a, 1 - a) in the precision of the share."""
-    one = type(share)(1.0)
-    return (share, one - share) if share >= type(share)(0.0) else (one + share, -share)
+    one, is_a = type(share)(1.0), share >= type(share)(0.0)
+    return share if is_a else one + share, one - share if is_a else -share
 
 
 # The cells that are computed in one pass. `gates` of a token's p0, p1, p2, in the order of `projected`, and of q, what
 # its parameters come to: share, sign of a and inflow, and two numbers that `pull_back` is spared.
 
 
-@numba.njit(inline="always")
+@scalar
 def mingru_gates(gate, x, is_linear):
     a, z = sigmoids(-gate)
-    c, slope = (x, np.float32(1.0)) if is_linear else g_and_slope(x)
+    c, slope = candidate_and_slope(x, is_linear)
     return smaller(a, z), np.float32(1.0), z * c, c, slope
 
 
-@numba.njit(inline="always")
+@scalar
 def mingru_pull_back(share, c, slope, h, d):
     a, z = both(share)
     d_candidate = z * d
     return d_candidate * a * (c - h), d_candidate * slope
 
 
-@numba.njit(inline="always")
-def g_and_slope(x):
-    """g(x) = x + 0.5 where x >= 0, sigmoid(x) elsewhere, and g'(x)."""
+@scalar
+def candidate_and_slope(x, is_linear):
+    """x and 1, or g(x) = x + 0.5 where x >= 0, sigmoid(x) elsewhere, and g'(x)."""
     one = np.float32(1.0)
     nonnegative = x >= np.float32(0.0)
     e = exp_nonpositive(np.float32(0.0) if nonnegative else x)
     share = one / (one + e)
     sigmoid = e * share
-    return (x + np.float32(0.5), one) if nonnegative else (sigmoid, sigmoid * share)
+    c, slope = x + np.float32(0.5) if nonnegative else sigmoid, one if nonnegative else sigmoid * share
+    return x if is_linear else c, one if is_linear else slope
 
 
-@numba.njit(inline="always")
+@scalar
 def minlstm_gates(forget, input_, x, is_linear):
     """a = f / (f + i), f = sigmoid(forget), i = sigmoid(input_); spared: 1 - f and 1 - i.
 
     With 1 / f = 1 + exp(-forget): a = (1 + exp(-input_)) / (2 + exp(-input_) + exp(-forget)). Numerator and
     denominator are scaled by exp(low), low = min(forget, input_, 0), so that no exponent is positive.
     """
-    one = np.float32(1.0)
-    forget_is_low = forget < input_
-    low = forget if forget_is_low else input_
-    high = input_ if forget_is_low else forget
-    low_is_negative = low < np.float32(0.0)
-    e_low = exp_nonpositive(-abs(low))
-    e_high = exp_nonpositive((low if low_is_negative else np.float32(0.0)) - high)
-    scale = e_low if low_is_negative else one
-    low_inverse = one + e_low  # scale / sigmoid(low)
-    high_inverse = scale + e_high  # scale / sigmoid(high)
-    small = high_inverse / (low_inverse + high_inverse)
-    one_minus_low = (one if low_is_negative else e_low) / low_inverse
-    one_minus_high = e_high / high_inverse
-    one_minus_f = one_minus_low if forget_is_low else one_minus_high
-    one_minus_i = one_minus_high if forget_is_low else one_minus_low
-    share = small if forget_is_low else -small
-    c = x if is_linear else g_and_slope(x)[0]
-    return share, one, both(share)[1] * c, one_minus_f, one_minus_i
+    low = forget if forget < input_ else input_
+    low = low if low < np.float32(0.0) else np.float32(0.0)
+    scale, e_forget, e_input = exp_nonpositive(low), exp_nonpositive(low - forget), exp_nonpositive(low - input_)
+    over_f, over_i = scale + e_forget, scale + e_input  # scale / f, scale / i
+    total = np.float32(1.0) / (over_f + over_i)
+    a, z = over_i * total, over_f * total
+    c, _ = candidate_and_slope(x, is_linear)
+    return smaller(a, z), np.float32(1.0), z * c, e_forget / over_f, e_input / over_i
 
 
-@numba.njit(inline="always")
+@scalar
 def minlstm_pull_back(x, is_linear, share, one_minus_f, one_minus_i, h, d):
-    c, slope = (x, np.float32(1.0)) if is_linear else g_and_slope(x)
+    c, slope = candidate_and_slope(x, is_linear)
     d_log_odds, d_x = mingru_pull_back(share, c, slope, h, d)
     return -d_log_odds * one_minus_f, d_log_odds * one_minus_i, d_x
 
 
-@numba.njit(inline="always")
+@scalar
 def signed_gates(decay, gate, x):
     one = np.float32(1.0)
     e, rest = exp_and_rest(np.float32(-2.0) * abs(decay))
@@ -232,32 +228,32 @@ def signed_gates(decay, gate, x):
     return share, one if decay >= np.float32(0.0) else -one, open_ * x, open_, shut
 
 
-@numba.njit(inline="always")
+@scalar
 def signed_pull_back(x, share, open_, shut, h, d):
     a, z = both(share)
     return h * d * z * (np.float32(1.0) + a), x * d * open_ * shut, open_ * d
 
 
-@numba.njit(inline="always")
+@scalar
 def rglru_gates(r, i, x, rate, is_first):
     """rate: 8 softplus(decay); spared: what x is scaled by, and sigmoid(i)."""
     a, z = exp_and_rest(-rate * sigmoids(r)[0])
-    scale = np.float32(1.0) if is_first else np.sqrt(z * (np.float32(1.0) + a))
+    scale = np.float32(1.0) if is_first else math.sqrt(z * (np.float32(1.0) + a))
     open_ = sigmoids(i)[0]
     return smaller(a, z), np.float32(1.0), scale * open_ * x, scale, open_
 
 
-@numba.njit(inline="always")
+@scalar
 def rglru_pull_back(r, i, x, rate, is_first, share, scale, open_, h, d):
-    a, _ = both(share)
+    a, tiny = both(share)[0], np.float32(1e-19)
     decaying, rest = sigmoids(r)
-    through_scale = np.float32(0.0) if is_first else a * a / max(scale, np.float32(1e-19)) * open_ * x
+    through_scale = np.float32(0.0) if is_first else a * a / (scale if scale > tiny else tiny) * open_ * x
     d_log_decay = (a * h - through_scale) * d
     d_rate = -decaying * d_log_decay
     return d_rate * rate * rest, scale * x * d * open_ * sigmoids(i)[1], scale * open_ * d, d_rate
 
 
-@numba.njit(inline="always")
+@scalar
 def hgrn_gates(forget, x, bound):
     """bound: l; spared: sigmoid(-forget) and sigmoid(x)."""
     keep, rest = sigmoids(forget)
@@ -266,7 +262,7 @@ def hgrn_gates(forget, x, bound):
     return smaller(bound + (np.float32(1.0) - bound) * keep, z), np.float32(1.0), z * x * s, rest, s
 
 
-@numba.njit(inline="always")
+@scalar
 def hgrn_pull_back(forget, x, bound, share, rest, s, h, d):
     one = np.float32(1.0)
     d_a = (h - x * s) * d
@@ -279,7 +275,7 @@ CODES = {"mingru": MINGRU, "minlstm": MINLSTM, "mingru_signed": SIGNED, "rglru":
 CODES |= {f"{name}:candidate=linear": CODES[name] | LINEAR for name in ("mingru", "minlstm")}
 
 
-@numba.njit(inline="always")
+@scalar
 def gates(code, p0, p1, p2, q, is_first):
     if code == SIGNED:
         return signed_gates(p0, p1, p2)
@@ -292,7 +288,7 @@ def gates(code, p0, p1, p2, q, is_first):
     return mingru_gates(p0, p1, code & LINEAR)
 
 
-@numba.njit(inline="always")
+@scalar
 def pull_back(code, p0, p1, p2, q, is_first, share, spared0, spared1, h, d):
     """The gradients of p0, p1, p2 and q, from h before the token and the gradient d of h after it."""
     zero = np.float32(0.0)
@@ -552,7 +548,7 @@ class Derived(NamedTuple):
 
 def _inputs(rows, inputs: ScanInputs, q, log_sums):
     D, T = inputs.D, inputs.projected.shape[1]
-    firsts = (log_sums[rows, :, 0] < NOTHING_SEEN / 2).contiguous() if log_sums.shape[-1] else None
+    firsts = None if log_sums is None else (log_sums[rows, :, 0] < NOTHING_SEEN / 2).contiguous()
     masks = [None if x is None else x[rows].contiguous() for x in (inputs.reset_mask, inputs.padding_mask)]
     sizes = [(mask, 0 if mask is None else mask.numel()) for mask in (*masks, firsts)]
     states = dense(inputs.initial_state[rows, :D]), dense(inputs.reset_state[:D]), q
@@ -568,7 +564,7 @@ def _kernel_and_q(inputs: ScanInputs):
 
 
 def forward(inputs: ScanInputs, log_sums):
-    """h (B, T, D) and the last of it (B, D), for a cell of CODES; log_sums: (B, T, E), before each token."""
+    """h (B, T, D) and the last of it (B, D), for a cell of CODES; log_sums: (B, T, E), before each token, or None."""
     B, T, _ = inputs.projected.shape
     states = torch.empty(B, T, inputs.D, dtype=inputs.projected.dtype)
     final_state = torch.empty(B, inputs.D, dtype=torch.float32)
@@ -605,7 +601,7 @@ def backward(inputs: ScanInputs, log_sums, states, d_states, d_final_state):
     return d_projected, d_parameters, d_initial_state, d_reset_state.sum(0).to(torch.float32)
 
 
-BLOCK_ELEMENTS = 2**17
+BLOCK_ELEMENTS = 2**19  # of state in a block: of 2^15 to 2^22 the fastest for Aaren, RWKV-4 and LRU at (8, 1024, 512)
 
 
 def solve(share, inflow, carry, reverse=False):

@@ -19,7 +19,7 @@ def solve(share: Tensor, inflow: Tensor, carry: Tensor, reverse: bool = False) -
         reverse: from the last token to the first.
     """
     a = share.to(carry.dtype)
-    a = torch.add(a, share < 0)
+    a = a - a.floor()
     states = inflow.to(carry.dtype)
     return states, _linear_scan_(a, states, carry, reverse)
 

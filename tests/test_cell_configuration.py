@@ -98,8 +98,9 @@ def test_options_have_their_values_and_a_saved_configuration_keeps_them(fields, 
 
 
 def test_a_model_of_several_cells_has_the_parameters_of_each_in_its_layers():
-    model = small_model(list(CELLS), hidden_size=12, num_hidden_layers=9, expansion_factor=1, output_gate=True)
-    assert [layer.rnn.cell.name for layer in model.model.layers] == list(CELLS)
+    names = list(CELLS)
+    model = small_model(names, hidden_size=12, num_hidden_layers=len(names), expansion_factor=1, output_gate=True)
+    assert [layer.rnn.cell.name for layer in model.model.layers] == names
     widths = {  # of in_proj, of a learned initial state, and of each learned vector
         "mingru": (24, 12, {}), "minlstm": (36, 12, {}), "mingru_signed": (36, 12, {}), "aaren": (16, 16, {}),
         "rwkv4": (36, 24, {"decay": 12, "bonus": 12}), "lru": (12, 12, {"nu": 6, "theta": 6, "gamma": 6}),

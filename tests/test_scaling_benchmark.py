@@ -24,13 +24,13 @@ def sent_bytes():
     return result
 
 
-def test_states_are_sent_as_2_b_d_numbers_a_layer_whatever_the_length():
+def test_states_are_sent_as_2_b_d_numbers_a_layer_and_back_for_each_rank_whatever_the_length():
     layers, H, D, K = 2, 14, 21, 4
     parameters = small_model().num_parameters()
     for rank in run_in_processes(sent_bytes, RANKS):
         assert rank[8] == rank[64]
         assert rank[8]["scan"] == layers * 4 * 2 * B * D
-        assert rank[8]["scan_back"] == layers * 4 * B * D
+        assert rank[8]["scan_back"] == layers * RANKS * 4 * 2 * B * D
         window = 4 * B * (K - 1) * (H + K - 1)
         assert rank[8]["conv"] == layers * window
         assert rank[8]["conv_back"] == layers * RANKS * window
