@@ -292,10 +292,10 @@ def _log_space(inputs: ScanInputs, group) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f'the "log" backend is the listing of minGRU and minLSTM, not of {inputs.cell.name!r}; use "torch"'
         )
-    terms = inputs.cell.gates(inputs.projected.to(inputs.initial_state.dtype), inputs.parameters, inputs.projected)
-    assert isinstance(terms, Convex)
-    log_a = terms.log_decay.cumsum(1)
-    log_b = F.logsigmoid(terms.log_odds) + terms.candidate.log()
+    projected = inputs.projected.to(inputs.initial_state.dtype)
+    odds, x = inputs.cell.gates(projected, inputs.parameters, projected)[0], projected[..., -inputs.D :]
+    log_a = (-F.softplus(odds)).cumsum(1)
+    log_b = -F.softplus(-odds) + torch.where(x >= 0, (F.relu(x) + 0.5).log(), -F.softplus(-x))
     start = inputs.initial_state.log()[:, None]  # -inf for a state of zero; not a number for a negative one
     states = (log_a + torch.cat([start, log_b - log_a], 1).logcumsumexp(1)[:, 1:]).exp()
     return states.to(inputs.projected.dtype), states.new_empty(*states.shape[:2], 0), states[:, -1]

@@ -98,14 +98,14 @@ def test_options_have_their_values_and_a_saved_configuration_keeps_them(fields, 
 
 
 def test_a_model_of_several_cells_has_the_parameters_of_each_in_its_layers():
-    names = list(CELLS)
-    model = small_model(names, hidden_size=12, num_hidden_layers=len(names), expansion_factor=1, output_gate=True)
-    assert [layer.rnn.cell.name for layer in model.model.layers] == names
     widths = {  # of in_proj, of a learned initial state, and of each learned vector
         "mingru": (24, 12, {}), "minlstm": (36, 12, {}), "mingru_signed": (36, 12, {}), "aaren": (16, 16, {}),
         "rwkv4": (36, 24, {"decay": 12, "bonus": 12}), "lru": (12, 12, {"nu": 6, "theta": 6, "gamma": 6}),
         "rglru": (36, 13, {"decay": 12}), "hgrn": (24, 12, {"bound": 12}), "lmu": (3, 12, {}),
     }  # fmt: skip
+    names = list(widths)
+    model = small_model(names, hidden_size=12, num_hidden_layers=len(names), expansion_factor=1, output_gate=True)
+    assert [layer.rnn.cell.name for layer in model.model.layers] == names
     for layer, (projected, state, vectors) in zip(model.model.layers, widths.values(), strict=True):
         expected = {"in_proj.weight": (projected, 12), "gate_proj.weight": (12, 12), "out_proj.weight": (12, 12)}
         expected |= {"initial_state": (state,)} | {name: (size,) for name, size in vectors.items()}
