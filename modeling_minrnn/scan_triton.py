@@ -114,7 +114,7 @@ def _store(pointer, value, mask, MASKED: tl.constexpr):
 
 @triton.jit
 def _gates(projected, mask, D: tl.constexpr, CELL: tl.constexpr, MASKED: tl.constexpr, NVIDIA: tl.constexpr):
-    """(a, z = 1 - a, dz/d gate or dz/d forget, dz/d input): either share by itself, as in `scan._gates`."""
+    """(a, z = 1 - a, dz/d gate or dz/d forget, dz/d input): either share by itself, as 1 - a would lose its digits."""
     x = _load(projected, mask, MASKED)
     if GIVEN & CELL:  # the smaller share
         return tl.where(x < 0, 1.0 + x, x), tl.where(x < 0, -x, 1.0 - x), x, x

@@ -1,7 +1,7 @@
 """The code in README.md and docs/ runs: every block that is fenced as `python` and nothing else.
 
 The blocks of a file run in order, as one script, in a folder where runs/demo is a small model. `python no-run` is for
-what needs the network.
+what needs the network, and for docs/new-cell.md, which tests/test_new_cell.py runs.
 """
 
 import re
