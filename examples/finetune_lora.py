@@ -7,7 +7,7 @@ needs no PEFT any more.
 import argparse
 
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from examples.tiny_model import load
 
@@ -33,7 +33,7 @@ trainer = Trainer(
         save_strategy="no",
         disable_tqdm=True,
     ),
-    DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    DataCollatorWithFlattening(),  # no padding: the documents of a batch in one row
     train_dataset=dataset[::2],
     eval_dataset=dataset[1::50],  # not among those trained on
 )

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,48 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 # Of tokens drafted by an assistant; 20 is transformers' own number. `crop` refuses to go back further.
 MAX_ROLLBACK_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a layer goes on from. Gradient checkpointing reads it again in backward, when the cache has moved on.
+
+    Not a pytree: FSDP would round its tensors to the dtype of the weights.
+
+    Attributes:
+        state: (B, S), or None where nothing was kept yet.
+        window: (B, K - 1, H) or None.
+        seen: tokens so far; of a static cache a tensor, as no graph may depend on it.
+        record_past: whether the states of single tokens are kept, to go back to.
+    """
+
+    state: Tensor | None
+    window: Tensor | None
+    seen: int | Tensor
+    record_past: bool
+
+    def state_or(self, start: Tensor) -> Tensor:
+        """The state, or `start` (B, S) where nothing has been seen.
+
+        Raises ValueError if the cache was filled with another batch size or by a model of another shape.
+        """
+        return self._kept_or("state", self.state, start)
+
+    def window_or(self, start: Tensor) -> Tensor:
+        """The convolution window, or `start` (B, K - 1, H); as `state_or`."""
+        return self._kept_or("window", self.window, start)
+
+    def _kept_or(self, name: str, kept: Tensor | None, start: Tensor) -> Tensor:
+        if kept is None:
+            return start
+        if kept.shape != start.shape:
+            raise ValueError(
+                f"past_key_values holds a {name} of shape {tuple(kept.shape)} where this model and batch need "
+                f"{tuple(start.shape)}; pass the cache of the same model and batch, or a new one"
+            )
+        if isinstance(self.seen, Tensor):
+            return torch.where(self.seen > 0, kept, start)
+        return kept if self.seen else start
 
 
 class MinRNNDynamicLayer(CacheLayerMixin):
@@ -35,32 +78,12 @@ class MinRNNDynamicLayer(CacheLayerMixin):
         self.keys, self.values = torch.zeros_like(key_states), torch.zeros_like(value_states)
         self.is_initialized = True
 
-    def get_state(self, initial_state: Tensor) -> Tensor:
-        """The state (B, D) to go on from: the one given where nothing has been seen yet.
-
-        Raises ValueError if the cache was filled with another batch size or by a model of another shape.
-        """
-        return self._kept_or_start("state", self.keys, initial_state)
-
-    def get_window(self, window: Tensor) -> Tensor:
-        """The convolution window (B, K - 1, H) to go on from; as `get_state`."""
-        return self._kept_or_start("window", self.values, window)
-
-    def _kept_or_start(self, name: str, kept: Tensor | None, start: Tensor) -> Tensor:
-        if kept is None:
-            return start
-        if kept.shape != start.shape:
-            raise ValueError(
-                f"past_key_values holds a {name} of shape {tuple(kept.shape)} where this model and batch need "
-                f"{tuple(start.shape)}; pass the cache of the same model and batch, or a new one"
-            )
-        return self._after_start(kept, start)
-
-    def _after_start(self, kept: Tensor, start: Tensor) -> Tensor:
-        return kept if self.cumulative_length else start
+    def read(self) -> LayerState:
+        """What the layer goes on from."""
+        return LayerState(self.keys, self.values, self.cumulative_length, self.record_past)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, num_tokens: int = 1, past: Sequence[tuple[Tensor, Tensor]] = ()
+        self, key_states: Tensor, value_states: Tensor, past: Sequence[tuple[Tensor, Tensor]] = (), num_tokens: int = 1
     ) -> tuple[Tensor, Tensor]:
         """Replace the state and window, `num_tokens` further on.
 
@@ -161,8 +184,11 @@ class MinRNNStaticLayer(MinRNNDynamicLayer):
             for tensor in (self.keys, self.values, self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)
 
-    def _after_start(self, kept: Tensor, start: Tensor) -> Tensor:
-        return torch.where(self.cumulative_length > 0, kept, start)
+    def read(self) -> LayerState:
+        if not self.is_initialized or not torch.is_grad_enabled():
+            return super().read()
+        # Backward may read it again, when `_store` has written over it.
+        return LayerState(self.keys.clone(), self.values.clone(), self.cumulative_length.clone(), self.record_past)
 
     def _store(self, key_states: Tensor, value_states: Tensor, num_tokens: int) -> None:
         self.keys.copy_(key_states)

@@ -43,17 +43,20 @@ def refuse_misspelled(names: Iterable[str]) -> None:
 
 
 def raise_value_errors(config_class):
-    """Turn what `strict` raises while a configuration is built into a ValueError of one line."""
-    build = config_class.__init__
+    """Turn what `strict` raises while a configuration is built or saved into a ValueError of one line."""
 
-    @functools.wraps(build)
-    def __init__(self, *args, **kwargs):
-        try:
-            build(self, *args, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
+    def in_one_line(method):
+        @functools.wraps(method)
+        def wrapped(*args, **kwargs):
+            try:
+                return method(*args, **kwargs)
+            except StrictDataclassError as error:
+                raise ValueError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
 
-    config_class.__init__ = __init__
+        return wrapped
+
+    config_class.__init__ = in_one_line(config_class.__init__)
+    config_class.validate = in_one_line(config_class.validate)
     return config_class
 
 
@@ -206,6 +209,18 @@ class MinRNNConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """The kind of cache that each layer keeps, see `cache_minrnn`."""
         return ["minrnn"] * self.num_hidden_layers
+
+    def validate_token_ids(self):
+        """Special tokens outside the vocabulary: ValueError that names the field."""
+        self.check_token_ids(self.vocab_size)
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise ValueError if a special token is not in a vocabulary of this size."""
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < vocab_size:
+                    raise ValueError(f"{name} must be None or in the vocabulary, 0..{vocab_size - 1}, not {token}")
 
     def validate_layer_type(self):
         """Nothing to check: transformers' own list of layer types is closed, and `layer_types` is derived."""

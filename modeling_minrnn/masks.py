@@ -72,6 +72,19 @@ def _none_if_empty(mask: Tensor | None) -> Tensor | None:
     return None
 
 
+def _not_risen(position_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """(B, T) True where a real token's position is no higher than that of the real token before it."""
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(
+        position_ids if padding_mask is None else padding_mask
+    )
+    if padding_mask is not None:
+        index = index.masked_fill(padding_mask, -1).cummax(1).values
+    before = torch.nn.functional.pad(index[:, :-1], (1, 0), value=-1)
+    positions = position_ids.expand_as(index)
+    not_risen = (before >= 0) & (positions <= positions.gather(1, before.clamp(min=0)))
+    return not_risen if padding_mask is None else not_risen & ~padding_mask
+
+
 def padding_mask_of(attention_mask: Tensor | None, B: int, T: int) -> Tensor | None:
     """(B, T) True where a token is padding."""
     if attention_mask is None:
@@ -81,12 +94,18 @@ def padding_mask_of(attention_mask: Tensor | None, B: int, T: int) -> Tensor | N
     return _none_if_empty(attention_mask[:, -T:] == 0)
 
 
-def reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int) -> Tensor | None:
-    """(B, T) True at the first token of each document. What numbers documents says nothing about a row's first token,
-    which goes on from the cache."""
+def reset_mask_of(
+    reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int, goes_on: bool = False
+) -> Tensor | None:
+    """(B, T) True at the first token of each document.
+
+    goes_on: from a state. Then it matters whether a document begins with the first token, and what cannot tell is
+        refused: numbers of documents, or positions that start above 0, which show where they do not rise.
+    """
     for name, tensor in (("reset_mask", reset_mask), ("seq_idx", seq_idx), ("position_ids", position_ids)):
         if tensor is not None and tensor.shape not in ((B, T), (1, T)):
             raise ValueError(f"{name} must be ({B}, {T}), or (1, {T}) for all rows alike, not {tuple(tensor.shape)}")
+    numbered = reset_mask is None and (seq_idx is not None or cu_seq_lens_q is not None)
     if reset_mask is not None:
         if reset_mask.dtype != torch.bool:
             raise ValueError(f"reset_mask must be bool, not {reset_mask.dtype}")
@@ -101,4 +120,22 @@ def reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask
         reset_mask = position_ids == 0
         if padding_mask is not None:  # the positions of padding are arbitrary
             reset_mask = reset_mask & ~padding_mask
+        if T > 1:
+            fallen = _not_risen(position_ids, padding_mask) & ~reset_mask
+            if goes_on and not torch.compiler.is_compiling() and fallen.any():
+                first = position_ids.expand(B, T)[fallen.expand(B, T)][0]
+                raise ValueError(
+                    f"documents whose position_ids start at {first}, not 0, do not tell whether one begins with the "
+                    "first token: beside a state to go on from pass reset_mask"
+                )
+            reset_mask = reset_mask | fallen
+    if numbered and position_ids is not None:
+        first = position_ids[:, :1] == 0
+        first = first if padding_mask is None else first & ~padding_mask[:, :1]
+        reset_mask = reset_mask | torch.nn.functional.pad(first, (0, T - 1))
+    elif numbered and goes_on:
+        raise ValueError(
+            "seq_idx and cu_seq_lens_q do not tell whether a document begins with the first token: beside a state to "
+            "go on from pass reset_mask or position_ids"
+        )
     return _none_if_empty(None if reset_mask is None else reset_mask.expand(B, T))

@@ -5,6 +5,8 @@ MinRNNForCausalLM -> MinRNNModel -> MinRNNDecoderLayer -> `causal_conv` and `sca
 way with T = 1, and with the state from the cache as the initial state.
 """
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -29,12 +31,13 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_minrnn import MAX_ROLLBACK_TOKENS, MinRNNDynamicLayer
+from .cache_minrnn import MAX_ROLLBACK_TOKENS, LayerState
 from .causal_conv import causal_conv, windows_after
 from .cells import cell_of
 from .configuration_minrnn import MinRNNConfig
@@ -63,8 +66,30 @@ AUTO_MAP = {
 }
 
 
+# Trainer (for label smoothing) and the pipelines look in these tables for the name of a model's class.
+TASK_NAMES = {
+    "ForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "ForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "ForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "ForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+
+# What libraries pass to any model, beside the arguments of MinRNNModel.forward; none of it changes what is computed.
+KNOWN_ARGUMENTS = {
+    *TransformersKwargs.__annotations__, "labels", "shift_labels", "ignore_index", "logits_to_keep", "return_dict",
+    "cache_position", "token_type_ids",
+}  # fmt: skip
+# What other libraries call these arguments.
+FOREIGN_ARGUMENTS = {
+    "cache_params": "past_key_values", "state": "past_key_values", "prev_hiddens": "past_key_values",
+    "past_key_value": "past_key_values", "cu_seqlens": "cu_seq_lens_q", "cu_seq_lens": "cu_seq_lens_q",
+}  # fmt: skip
+
 # On Shakespeare characters 0.2 learned faster than 0 and 0.02 (one seed each).
 CONV_INITIALIZER_STD = 0.2
+
+logger = logging.get_logger(__name__)
 
 NO_LOGITS = torch.empty(0, dtype=torch.long)  # for `logits_to_keep`: the loss alone
 LOSS_CHUNK_ELEMENTS = 1 << 25  # logits at a time, 128 MiB in float32
@@ -118,20 +143,17 @@ class MinRNNRecurrence(nn.Module):
         self,
         hidden_states: Tensor,
         masks: Masks = NO_MASKS,
-        cache_layer: MinRNNDynamicLayer | None = None,
+        carried: LayerState | None = None,
         group: "torch.distributed.ProcessGroup | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S).
-
-        cache_layer: holds the state to continue from.
-        """
+        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S)."""
         # Within this forward, as parameters may be offloaded or sharded outside that of their own module.
         reset_state = self.start(hidden_states)
         state = reset_state.expand(hidden_states.shape[0], -1)
         exact_states = False
-        if cache_layer is not None:
+        if carried is not None:
             # A state to go back to must be as exact as the final one, whatever the dtype of the model.
-            state, exact_states = cache_layer.get_state(state), cache_layer.record_past
+            state, exact_states = carried.state_or(state), carried.record_past
         projected = self.in_proj(hidden_states)
         scanned = scan_states(
             projected.to(state.dtype) if exact_states else projected,
@@ -195,21 +217,24 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         masks: Masks = NO_MASKS,
-        past_key_values: Cache | None = None,
+        carried: LayerState | None = None,
         reverse_masks: Masks | None = None,
         context_parallel_group: "torch.distributed.ProcessGroup | None" = None,
-        num_tokens: int | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """
         Args:
+            carried: what to go on from; None to start anew, and leave nothing to go on from but the state.
             reverse_masks: of the sequence read from its end, where bidirectional.
-            num_tokens: tokens that the cache moves on by, those of all ranks of the group; None for T.
+
+        Returns:
+            hidden_states (B, T, H), and for `MinRNNDynamicLayer.update` the final state, the final window and, where
+            carried.record_past, those after each of the latest tokens. The cache is read before and written after
+            this call: gradient checkpointing calls twice.
         """
         B, T, H = hidden_states.shape
-        cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         window = hidden_states.new_zeros(B, self.window_size, H)
-        if cache_layer is not None:
-            window = cache_layer.get_window(window)
+        if carried is not None:
+            window = carried.window_or(window)
 
         conv_input = hidden_states
         final_window = None
@@ -221,7 +246,7 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
                 from_end = self.reverse_conv(conv_input.flip(1), window, reverse_masks.taps)
                 hidden_states = hidden_states + from_end.flip(1)
         rnn_input = self.rnn_norm(hidden_states)
-        output, states, final_state = self.rnn(rnn_input, masks, cache_layer, context_parallel_group)
+        output, states, final_state = self.rnn(rnn_input, masks, carried, context_parallel_group)
         if reverse_masks is not None:
             from_end, *_ = self.reverse_rnn(rnn_input.flip(1), reverse_masks)
             output = output + from_end.flip(1)
@@ -229,13 +254,14 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         if self.has_mlp:
             hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
-        if cache_layer is not None:
-            first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if cache_layer.record_past else T - 1
-            whole = final_window is None  # in this process
-            windows = windows_after(conv_input, window, masks.taps, first) if whole else [final_window]
-            past = [(states[:, t].clone(), w) for t, w in enumerate(windows, first)] if cache_layer.record_past else ()
-            cache_layer.update(final_state, windows[-1], num_tokens=num_tokens or T, past=past)
-        return hidden_states
+        past: list[tuple[Tensor, Tensor]] = []
+        if carried is not None and final_window is None:
+            first = max(T - 1 - MAX_ROLLBACK_TOKENS, 0) if carried.record_past else T - 1
+            windows = windows_after(conv_input, window, masks.taps, first)
+            final_window = windows[-1]
+            if carried.record_past:
+                past = [(states[:, t].clone(), kept) for t, kept in enumerate(windows, first)]
+        return hidden_states, final_state, final_window, past
 
 
 class MinRNNPreTrainedModel(PreTrainedModel):
@@ -247,10 +273,30 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MinRNNDecoderLayer}
+    task: str | None = None  # a key of TASK_NAMES
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.task is not None:  # a subclass of another name, as FSDP makes one, does the same
+            TASK_NAMES[cls.task][f"minrnn {cls.__name__}"] = cls.__name__
 
     def __init__(self, config: MinRNNConfig, *args, **kwargs):
         config.validate_architecture()  # its fields may have been set since it was built
+        config.validate_token_ids()
         super().__init__(config, *args, **kwargs)
+        if self.task is not None:
+            self.loss_type = self.task  # which transformers reads off the name of the class
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+        if attn_implementation not in (None, "eager"):
+            logger.warning_once(f"attn_implementation={attn_implementation!r} is ignored: MinRNN has no attention")
+        return "eager"
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As in transformers. Raises ValueError if a special token would fall out of the vocabulary."""
+        if new_num_tokens is not None:
+            self.config.check_token_ids(new_num_tokens)
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -302,7 +348,10 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, with the custom code beside the weights for every Auto class of the model."""
         self.config.auto_map = dict(AUTO_MAP)
-        return super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
+        # safetensors lets only the owner read its files; config.json follows the umask.
+        for file in Path(save_directory).glob("*.safetensors"):
+            file.chmod(Path(save_directory, "config.json").stat().st_mode & 0o777)
 
     @torch.no_grad()
     def diagnose_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[StateReport]:
@@ -320,9 +369,9 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         def listen_to(report: StateReport) -> Callable:
             def listen(rnn, arguments, output):
                 hidden_states, masks = arguments[:2]
-                cache_layer = arguments[2] if len(arguments) > 2 else None
+                carried = arguments[2] if len(arguments) > 2 else None
                 start = rnn.start(hidden_states).expand(len(hidden_states), -1)
-                start = start if cache_layer is None else cache_layer.get_state(start)
+                start = start if carried is None else carried.state_or(start)
                 projected = rnn.in_proj(hidden_states)
                 parameters = rnn.parameters_of_cell(projected)
                 report.add(rnn.cell, projected, parameters, start, output[1], masks.padding)
@@ -331,7 +380,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
 
         with ExitStack() as hooks:
             hooks.callback(self.train, self.training)
-            self.eval()  # in training gradient checkpointing would drop the cache
+            self.eval()
             for name, module in self.base_model.named_modules():
                 if isinstance(module, MinRNNRecurrence):
                     reports.append(StateReport(name))
@@ -360,7 +409,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([MinRNNDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -392,44 +441,51 @@ class MinRNNModel(MinRNNPreTrainedModel):
             use_cache: return the state; like past_key_values, not for a bidirectional model.
             reset_mask, seq_idx, cu_seq_lens_q, position_ids: where documents begin in a packed row, in this order of
                 precedence: (B, T) True at their first tokens; (B, T) number of the document; (documents + 1,)
-                boundaries in a batch of one row; (B, T), restarting at 0. Nothing is carried from one to the next.
+                boundaries in a batch of one row; (B, T), 0 at their first tokens, or else not risen there. Nothing is
+                carried from one to the next. Whether one begins with the first token of a call that goes on from a
+                state is told by reset_mask, or by position_ids that start at 0, alone or beside the numbers.
             context_parallel_group: the processes that the sequence is spread over, in the order of their ranks. Each
-                passes its chunk, (B, T) with a T of its own, and the masks of this chunk: reset_mask or position_ids,
-                as what numbers documents cannot tell whether one begins with the chunk. past_key_values are those of
+                passes its chunk, (B, T) with a T of its own, and the masks of this chunk. past_key_values are those of
                 the whole sequence, alike on all ranks. On gradients see `scan.minrnn_scan`.
         """
+        _refuse_unknown_arguments(kwargs)
         given = _given(input_ids, inputs_embeds)
         B, T = given.shape[:2]
         if use_cache and past_key_values is None and not self.config.bidirectional:
             past_key_values = DynamicCache(config=self.config)
         # Fewer than there are where an early exit drafts tokens.
         layers = list(self.layers)[: self.config.num_hidden_layers]
-        numbered = reset_mask is None and (seq_idx is not None or cu_seq_lens_q is not None)
-        self._check_state(use_cache, past_key_values, context_parallel_group, len(layers), numbered)
+        self._check_state(use_cache, past_key_values, context_parallel_group, len(layers))
         num_tokens = None
         if context_parallel_group is not None and past_key_values is not None:
             num_tokens = int(all_gather(torch.tensor([T], device=given.device), context_parallel_group).sum())
 
         padding = padding_mask_of(attention_mask, B, T)
-        reset = reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding, B, T)
+        numbered = seq_idx is not None or cu_seq_lens_q is not None
+        goes_on = (numbered or (position_ids is not None and T > 1)) and (
+            context_parallel_group is not None or _has_seen_tokens(past_key_values)
+        )
+        reset = reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding, B, T, goes_on)
         masks = Masks.of(padding, reset, self.config.conv_kernel_size)
         reverse_masks = masks.reversed(self.config.conv_kernel_size) if self.config.bidirectional else None
 
         hidden_states = self.dropout(given if input_ids is None else self._embed(given))
-        for layer in layers:
-            hidden_states = layer(
+        for i, layer in enumerate(layers):
+            cache_layer = None if past_key_values is None else past_key_values.layers[i]
+            hidden_states, *left = layer(
                 hidden_states,
                 masks,
-                past_key_values=past_key_values,
+                carried=None if cache_layer is None else cache_layer.read(),
                 reverse_masks=reverse_masks,
                 context_parallel_group=context_parallel_group,
-                num_tokens=num_tokens,
             )
+            if cache_layer is not None:
+                cache_layer.update(*left, num_tokens=num_tokens or T)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
-    def _check_state(self, use_cache, past_key_values, context_parallel_group, num_layers, numbered_documents) -> None:
+    def _check_state(self, use_cache, past_key_values, context_parallel_group, num_layers) -> None:
         """Raise ValueError for a state, or processes, that this model cannot continue with."""
         if self.config.bidirectional and (use_cache or past_key_values is not None):
             raise ValueError(
@@ -438,18 +494,27 @@ class MinRNNModel(MinRNNPreTrainedModel):
             )
         cache_layers = getattr(past_key_values, "layers", ())
         if past_key_values is not None and (
-            len(cache_layers) != num_layers or not all(hasattr(layer, "get_state") for layer in cache_layers)
+            len(cache_layers) != num_layers or not all(hasattr(layer, "read") for layer in cache_layers)
         ):
             raise ValueError(
                 "past_key_values was not made for this model; pass DynamicCache(config=model.config), "
-                "StaticCache(config=model.config, max_cache_len=...) or what an earlier call returned"
+                "StaticCache(config=model.config, max_cache_len=...) or what an earlier call returned. In place of a "
+                "prefix (prefix tuning) train the initial state: see state tuning in docs/fine-tuning.md"
+            )
+        checkpointing = getattr(self.layers[0], "_gradient_checkpointing_func", None)
+        if (
+            self.training
+            and getattr(checkpointing, "keywords", {}).get("use_reentrant")
+            and any(layer.keys is not None and layer.keys.requires_grad for layer in cache_layers)
+        ):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True loses the gradient through past_key_values: detach "
+                'their layers, or pass gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
         if context_parallel_group is None:
             return
         if self.config.bidirectional:
             raise ValueError("a bidirectional model reads a sequence in one process: no context_parallel_group")
-        if numbered_documents:
-            raise ValueError("with a context_parallel_group pass reset_mask or position_ids, not numbered documents")
         if any(layer.record_past for layer in cache_layers):
             raise ValueError("with a context_parallel_group past_key_values cannot record the states to go back to")
 
@@ -463,6 +528,22 @@ class MinRNNModel(MinRNNPreTrainedModel):
             wrong = smallest if smallest < 0 else largest
             vocabulary = f"0..{self.config.vocab_size - 1}"
             raise ValueError(f"token id {wrong} is not in the vocabulary: ids must be in {vocabulary}") from None
+
+
+def _has_seen_tokens(past_key_values: Cache | None) -> bool:
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return True if isinstance(seen, Tensor) and torch.compiler.is_compiling() else bool(seen > 0)
+
+
+def _refuse_unknown_arguments(arguments: dict) -> None:
+    for name, value in arguments.items():
+        if value is not None and name not in KNOWN_ARGUMENTS:
+            known = [*inspect.signature(MinRNNModel.forward).parameters, *KNOWN_ARGUMENTS]
+            nearest = (
+                [FOREIGN_ARGUMENTS[name]] if name in FOREIGN_ARGUMENTS else difflib.get_close_matches(name, known)
+            )
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise TypeError(f"MinRNN models have no argument {name!r}{hint}")
 
 
 def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -495,6 +576,8 @@ class MinRNNLanguageModel(MinRNNPreTrainedModel):
 class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
     """A language model: each token is predicted from those before it."""
 
+    task = "ForCausalLM"
+
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
         """The mask of the new tokens alone, in shape and strides the same from step to step of a static cache."""
@@ -503,13 +586,43 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         # `contiguous` would keep the strides of the longer mask in a batch of one, for which any strides will do.
         return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
 
-    def generate(self, *args, **kwargs):
-        """As in transformers. Raises ValueError for a bidirectional model."""
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """As in transformers; token_type_ids are ignored.
+
+        Raises ValueError for a bidirectional model, padding on the right, and a cache whose tokens are not given.
+        """
         if self.config.bidirectional:
             raise ValueError(
                 "a bidirectional model cannot generate: each of its outputs depends on the tokens after it"
             )
-        return super().generate(*args, **kwargs)
+        kwargs.pop("token_type_ids", None)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is not None:
+            self._check_prompt(ids, **kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _check_prompt(
+        self, ids: Tensor, attention_mask=None, past_key_values=None, pad_token_id=None, **kwargs
+    ) -> None:
+        T = ids.shape[1]
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if 0 < T <= seen and (attention_mask is None or attention_mask.shape[1] == T):
+            raise ValueError(
+                f"past_key_values holds {seen} tokens and input_ids {T}: pass the tokens of both as input_ids, or the "
+                f"new ones alone with an attention_mask of {seen + T} columns"
+            )
+        pad_token_id = self.generation_config.pad_token_id if pad_token_id is None else pad_token_id
+        if attention_mask is None and pad_token_id != self.generation_config.eos_token_id:
+            attention_mask = ids != pad_token_id  # as transformers assumes
+        if attention_mask is not None and (attention_mask[:, -1] == 0).any():
+            row = int((attention_mask[:, -1] == 0).nonzero()[0])
+            raise ValueError(
+                f'row {row} of the prompts ends in padding: generate needs it on the left, padding_side="left" of the '
+                "tokenizer"
+            )
+
+    def _get_static_cache_init_shape(self) -> None:
+        """None, for chunked prefill: the state has no attention heads."""
 
     @can_return_tuple
     def forward(
@@ -598,6 +711,8 @@ class MinRNNForMaskedLM(MinRNNLanguageModel):
     """A masked language model: each token is predicted from all that are given, with `config.bidirectional` on both
     sides of it."""
 
+    task = "ForMaskedLM"
+
     @can_return_tuple
     def forward(
         self,
@@ -624,6 +739,8 @@ class MinRNNForMaskedLM(MinRNNLanguageModel):
 class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
     """MinRNNModel with a linear head on the last real token, which has seen all; of a bidirectional model, on the mean
     of all real tokens, since its last one has seen the others from one side only."""
+
+    task = "ForSequenceClassification"
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
@@ -685,6 +802,8 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
 class MinRNNForTokenClassification(MinRNNPreTrainedModel):
     """MinRNNModel with a linear head on every token."""
 
+    task = "ForTokenClassification"
+
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -718,6 +837,8 @@ class MinRNNForTokenClassification(MinRNNPreTrainedModel):
 
 class MinRNNForQuestionAnswering(MinRNNPreTrainedModel):
     """MinRNNModel with two linear heads on every token: whether the answer starts, and whether it ends there."""
+
+    task = "ForQuestionAnswering"
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)

@@ -53,8 +53,8 @@ def save_state(cache: Cache, path: str | os.PathLike, model: MinRNNPreTrainedMod
     for i, (layer, kept) in enumerate(zip(layers, cache.layers)):
         like = layer.rnn.in_proj.weight
         start = layer.rnn.start(like).expand(kept.batch_size, -1)
-        state = kept.get_state(start)
-        window = kept.get_window(like.new_zeros(kept.batch_size, layer.window_size, like.shape[1]))
+        state = kept.read().state_or(start)
+        window = kept.read().window_or(like.new_zeros(kept.batch_size, layer.window_size, like.shape[1]))
         tensors |= {f"layers.{i}.state": state.contiguous(), f"layers.{i}.window": window.contiguous()}
     metadata = {"format": FORMAT, "model": _model_hash(model), "num_tokens": str(int(cache.get_seq_length()))}
     metadata["checksum"] = _hash(metadata, tensors)

@@ -67,7 +67,8 @@ def test_generation_from_the_state_gives_the_tokens_of_reading_all_again(cell_ty
     expected = generate(model, ids, attention_mask=mask, use_cache=False, **MODES[mode])
     assert_same_tokens(generate(model, ids, attention_mask=mask, **MODES[mode]), expected, 9)
     # The prompt in chunks, and in tensors that stay where they are.
-    for variant in ({"prefill_chunk_size": 4}, {"cache_implementation": "static"}):
+    variants = ({"prefill_chunk_size": 4}, {"cache_implementation": "static"})
+    for variant in (*variants, variants[0] | variants[1]):
         assert_same_tokens(generate(model, ids, attention_mask=mask, **MODES[mode], **variant), expected, 9)
 
 

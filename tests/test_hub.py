@@ -1,6 +1,7 @@
 """A saved model is complete: it loads where this package is not installed, and what is damaged is refused."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -151,6 +152,28 @@ def test_the_code_of_a_saved_model_runs_beside_the_package(tmp_path):
 
 
 # ---- With the package
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask for others")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_weights_can_be_read_by_whom_the_umask_allows(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        small_model().save_pretrained(tmp_path, max_shard_size="4KB")
+    finally:
+        os.umask(before)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+@pytest.mark.oldest
+def test_an_attention_implementation_is_ignored_with_a_warning(tmp_path, caplog, monkeypatch):
+    small_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for name in ("sdpa", "flash_attention_2"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        assert torch.equal(model(random_ids(1, 4)).logits, small_model()(random_ids(1, 4)).logits)
+        assert caplog.text.count(f"attn_implementation={name!r} is ignored") == 1
 
 
 @pytest.mark.oldest

@@ -21,6 +21,10 @@ from small_models import (
     small_half_precision_model,
     small_model,
 )
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
@@ -33,7 +37,7 @@ from modeling_minrnn import (
     MinRNNModel,
     modeling_minrnn,
 )
-from modeling_minrnn.modeling_minrnn import CONV_INITIALIZER_STD
+from modeling_minrnn.modeling_minrnn import CONV_INITIALIZER_STD, MinRNNDecoderLayer
 from modeling_minrnn.scan import minrnn_scan
 
 both_cells = pytest.mark.parametrize("cell_type", CELLS)
@@ -657,3 +661,71 @@ def test_one_row_of_a_mask_describes_all_rows():
     expected = model(ids, seq_idx=mask.expand(3, 6)).logits
     assert torch.equal(model(ids, seq_idx=mask).logits, expected)
     assert torch.equal(model(ids, position_ids=torch.tensor([[0, 1, 0, 1, 2, 0]])).logits, expected)
+
+
+def losses_chunk_by_chunk(model, ids, cache):
+    """The losses, logits, gradients and last states of a row read in three calls, with the gradient through all."""
+    logits = []
+    losses = []
+    for chunk in ids.split([9, 1, 13], dim=1):
+        outputs = model(chunk, labels=chunk, past_key_values=cache, use_cache=True)
+        logits.append(outputs.logits)
+        if chunk.shape[1] > 1:
+            losses.append(outputs.loss)
+    torch.stack(losses).sum().backward()
+    found = {"losses": torch.stack(losses), "logits": torch.cat(logits, 1)} | gradients(model)
+    found |= {f"state {i}": layer.keys for i, layer in enumerate(cache.layers)}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("cell_type", ["mingru", "rwkv4"])
+@pytest.mark.parametrize("way", ["model", "wrapper", "reentrant"])
+@pytest.mark.parametrize("static", [False, True])
+def test_gradient_checkpointing_reads_the_state_it_is_given_and_leaves_the_same_one(cell_type, way, static):
+    """To the bit, where other layers of transformers drop the cache. The wrapper is what accelerate uses."""
+    model = small_model(cell_type).train()
+    ids = random_ids(2, 23)
+    kind = functools.partial(StaticCache, max_cache_len=40) if static else DynamicCache
+    expected = losses_chunk_by_chunk(model, ids, kind(config=model.config))
+    if way == "wrapper":
+        apply_activation_checkpointing(
+            model, checkpoint_wrapper, check_fn=lambda module: isinstance(module, MinRNNDecoderLayer)
+        )
+    else:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": way == "reentrant"})
+    if way == "reentrant":
+        with pytest.raises(ValueError, match="use_reentrant=True loses the gradient through past_key_values"):
+            losses_chunk_by_chunk(model, ids, kind(config=model.config))
+        return
+    found = losses_chunk_by_chunk(model, ids, kind(config=model.config))
+    for name, value in found.items():
+        assert torch.equal(value, expected[name.replace("_checkpoint_wrapped_module.", "")]), name
+
+
+def test_reentrant_gradient_checkpointing_goes_on_from_a_detached_state():
+    model, ids = small_model(), random_ids(2, 20)
+
+    def second_chunk():
+        with torch.no_grad():
+            cache = model.eval()(ids[:, :9], use_cache=True).past_key_values
+        model.train()
+        loss = model(ids[:, 9:], labels=ids[:, 9:], past_key_values=cache).loss
+        loss.backward()
+        found = {"loss": loss} | gradients(model)
+        model.zero_grad()
+        return found
+
+    expected = second_chunk()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": True})
+    for name, value in second_chunk().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_training_mode_and_gradient_checkpointing_change_no_generated_token():
+    model = small_model()
+    expected = model.generate(random_ids(2, 9), max_new_tokens=8, do_sample=False)
+    model.train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    assert torch.equal(model.generate(random_ids(2, 9), max_new_tokens=8, do_sample=False), expected)

@@ -144,3 +144,31 @@ def test_trainer_trains_the_adapters_alone(gradient_checkpointing, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
+
+
+def prompt_tuned(config):
+    return peft.get_peft_model(small_model(), config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")  # of PEFT, about those that generate passes
+def test_a_tuned_prompt_is_read_before_the_text_and_its_gradient_is_that_of_the_embeddings():
+    """PEFT asks a model for its attention heads, of which there are none, and has no use for them here."""
+    model = prompt_tuned(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    ids, base = random_ids(2, 7), model.get_base_model()
+    prompt = model.get_prompt_embedding_to_save("default").expand(2, -1, -1).clone().requires_grad_()
+    embeds = torch.cat([prompt, base.get_input_embeddings()(ids)], 1)
+    expected = base(inputs_embeds=embeds).logits
+    found = model(input_ids=ids).logits
+    assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    assert_close(model.prompt_encoder["default"].embedding.weight.grad, prompt.grad.sum(0))
+    generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    again = base.generate(inputs_embeds=embeds.detach(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated[:, 7:], again)
+
+
+def test_prefix_tuning_is_refused_and_state_tuning_named():
+    model = prompt_tuned(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=2))
+    with pytest.raises(ValueError, match="prefix tuning.* state tuning in docs/fine-tuning.md"):
+        model(input_ids=random_ids(2, 7))

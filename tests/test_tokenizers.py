@@ -61,6 +61,14 @@ def test_special_tokens_follow_the_alphabet_and_are_distinct():
         assert specials == list(range(size, len(tokenizer)))
 
 
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), character_tokenizer(["abc"])])
+def test_a_batch_is_padded_on_the_left_ready_to_generate_from(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    batch = AutoTokenizer.from_pretrained(tmp_path)(["a", "abc"], padding=True)
+    assert batch["attention_mask"] == [[0, 0, 1], [1, 1, 1]]
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
 def test_any_tokenizer_folder_loads_by_its_path(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path), []).get_vocab() == byte_tokenizer().get_vocab()

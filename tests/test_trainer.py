@@ -16,13 +16,16 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from modeling_minrnn import MinRNNForCausalLM, MinRNNForSequenceClassification
+from modeling_minrnn import MinRNNForCausalLM, MinRNNForSequenceClassification, MinRNNForTokenClassification
 from training.tokenizers import byte_tokenizer
 
 TEXTS = [f"{a} and {b} make {a + b}." for a in range(8) for b in range(8)]
 PACKED = DataCollatorWithFlattening()
-PADDED = DataCollatorForLanguageModeling(byte_tokenizer(), mlm=False)
+RIGHT = byte_tokenizer()
+RIGHT.padding_side = "right"  # on the left the first token of a row would be predicted too, from padding
+PADDED = DataCollatorForLanguageModeling(RIGHT, mlm=False)
 
 
 @pytest.fixture(scope="module", params=CELLS)
@@ -137,6 +140,53 @@ def test_documents_grouped_by_length_keep_their_losses(trainer):
         assert loss == pytest.approx(alone.item() / sum(len(ids) - 1 for ids in batch), rel=1e-5)
     padding = sum(len(batch) * max(map(len, batch)) - sum(map(len, batch)) for batch in batches)
     assert padding < 0.15 * sum(len(row["input_ids"]) for row in dataset)  # in the order of the data 0.23
+
+
+class Renamed(MinRNNForCausalLM):
+    """A class of a user's own."""
+
+
+def lora(model, folder):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
+
+
+WRAPPED = {
+    "itself": lambda model, folder: model,
+    "adapter": lora,
+    "code of the folder": lambda model, folder: get_class_from_dynamic_module(
+        "modeling_minrnn.MinRNNForCausalLM", folder
+    ).from_pretrained(folder),
+    "subclass": lambda model, folder: Renamed.from_pretrained(folder),
+    # As fully_shard makes one.
+    "sharded": lambda model, folder: type("FSDPRenamed", (Renamed,), {}).from_pretrained(folder),
+}
+
+
+@pytest.mark.oldest
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", WRAPPED)
+def test_label_smoothing_is_that_of_the_next_token(way, trainer, tmp_path):
+    model = small_model(scan_backend="torch")
+    model.save_pretrained(tmp_path / "model")
+    ids = random_ids(4, 11)
+    labels = ids.clone()
+    labels[2, :6] = -100
+    data = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels)]
+    run = trainer(WRAPPED[way](model, tmp_path / "model"), data, label_smoothing_factor=0.1)
+    log_probabilities = model(ids).logits[:, :-1].log_softmax(-1)
+    told = -log_probabilities.gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+    losses = (0.9 * told - 0.1 * log_probabilities.mean(-1))[labels[:, 1:] != -100]
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+
+
+def test_a_head_of_any_name_has_the_loss_of_its_task():
+    tagger = type("Tagger", (MinRNNForTokenClassification,), {})
+    model = small_model(model_class=tagger, num_labels=3)
+    ids = random_ids(2, 7)
+    outputs = model(ids, labels=ids % 3)
+    expected = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), (ids % 3).flatten())
+    assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_trainer_predicts_without_returning_states(trainer):

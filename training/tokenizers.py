@@ -11,6 +11,8 @@ from .config import InputError
 END_OF_TEXT = "<eos>"
 PADDING = "<pad>"
 UNKNOWN = "<unk>"
+# What to generate from ends in a token, not in padding; the models have no use for token_type_ids.
+SETTINGS = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
 # A conversation as plain text, in which a turn ends as a document does: "user: Hello.<eos>assistant: Hi.<eos>".
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
@@ -25,7 +27,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING, chat_template=CHAT_TEMPLATE
+        tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING, chat_template=CHAT_TEMPLATE, **SETTINGS
     )
 
 
@@ -37,7 +39,7 @@ def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING, unk_token=UNKNOWN
+        tokenizer_object=backend, eos_token=END_OF_TEXT, pad_token=PADDING, unk_token=UNKNOWN, **SETTINGS
     )
 
 

@@ -66,14 +66,14 @@ class ConvThenRNN(nn.Module):
         super().__init__()
         self.norm, self.conv, self.rnn = layer.rnn_norm, layer.conv, layer.rnn
 
-    def forward(self, hidden_states, masks=NO_MASKS, cache_layer=None, group=None):
+    def forward(self, hidden_states, masks=NO_MASKS, carried=None, group=None):
         H, K = self.conv.weight.shape
         window = hidden_states.new_zeros(len(hidden_states), K - 1, H)
-        if cache_layer is not None:
-            window = cache_layer.get_window(window)
+        if carried is not None:
+            window = carried.window_or(window)
         normed = self.norm(hidden_states)
         convolved = normed + self.conv(normed, self.norm(window), masks.taps)
-        return self.rnn(convolved, masks, cache_layer, group)
+        return self.rnn(convolved, masks, carried, group)
 
 
 class ConvThenMLP(nn.Module):
