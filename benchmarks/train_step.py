@@ -13,7 +13,9 @@ Before timing, loss and gradients of "torch" and "numba" are compared with the l
 Targets: step / identity <= 1.10 numba, 1.20 torch (T = 256); step / products <= 1.15 (numba, T = 256);
 faster than llama and gpt2 (numba, T >= 1024).
 
-    python benchmarks/train_step.py [--only "256 mingru"] [--rounds 7] [--profile]
+--cells times the step with each cell beside minGRU's instead, in half as many layers, T = 1024, by "numba".
+
+    python benchmarks/train_step.py [--only "256 mingru"] [--rounds 7] [--cells] [--profile]
 """
 
 from collections.abc import Callable
@@ -21,11 +23,12 @@ from unittest import mock
 
 import torch
 from harness import Bound, Report, interleave, parser, relative_error, timed, verify
-from models import VOCABULARY, minrnn, transformers_of_equal_size
+from models import LAYERS, VOCABULARY, WIDTH, minrnn, transformers_of_equal_size
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from modeling_minrnn import modeling_minrnn
+from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM, modeling_minrnn
+from modeling_minrnn.cells import CELLS
 from modeling_minrnn.scan import ScanOutputs
 
 TOKENS = 4096  # a batch
@@ -121,6 +124,28 @@ def measure(report: Report, length: int, cell_type: str) -> None:
         report.add(**row)
 
 
+def measure_cells(report: Report) -> None:
+    tokens = torch.randint(VOCABULARY, (TOKENS // 1024, 1024), generator=torch.Generator().manual_seed(0))
+    steps = {}
+    for cell_type in CELLS:
+        torch.manual_seed(0)
+        config = MinRNNConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS // 2, cell_type=cell_type
+        )
+        steps[cell_type] = TrainingStep(MinRNNForCausalLM(config), tokens)
+    samples = interleave({name: timed(run) for name, run in steps.items()}, report.options.rounds)
+    for name, step in steps.items():
+        report.add(
+            T=1024,
+            cell=name,
+            contender="numba",
+            layers=LAYERS // 2,
+            ms=1e3 * samples.seconds(name),
+            parameters=step.model.num_parameters(),
+            times_mingru=samples.ratio(name, "mingru"),
+        )
+
+
 def print_profile(length: int, cell_type: str) -> None:
     tokens = torch.randint(VOCABULARY, (TOKENS // length, length))
     step = TrainingStep(minrnn(cell_type), tokens)
@@ -132,10 +157,13 @@ def print_profile(length: int, cell_type: str) -> None:
 
 def main() -> None:
     flags = parser("train_step", __doc__, rounds=7)
+    flags.add_argument("--cells", action="store_true", help="the step of every cell beside minGRU's")
     flags.add_argument("--profile", action="store_true", help="print where one step spends its time instead")
     options = flags.parse_args()
     report = Report(options)
-    for length in LENGTHS:
+    if options.cells:
+        measure_cells(report)
+    for length in LENGTHS if not options.cells else []:
         for cell_type in ("mingru", "minlstm"):
             if report.wants(f"{length} {cell_type}"):
                 if options.profile:
