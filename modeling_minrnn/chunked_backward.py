@@ -10,8 +10,7 @@ That is backpropagation through time, not cut anywhere.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +51,7 @@ def sequence_chunked_backward(
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     shift_labels = shifted if (given := kwargs.pop("shift_labels", None)) is None else given
     _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs)
-    chunks = _chunks(input_ids, shift_labels, chunk_size, kwargs)
+    chunks = _chunks(input_ids, shift_labels, chunk_size, cache.get_seq_length() > 0, kwargs)
     kwargs |= {"use_cache": False, "logits_to_keep": NO_LOGITS}  # given a cache, the model updates it all the same
     if kwargs.get("num_items_in_batch") is None:
         kwargs["num_items_in_batch"] = (shift_labels != -100).sum()
@@ -60,29 +59,28 @@ def sequence_chunked_backward(
     start = _snapshot(cache)
     states, random_states = Kept(len(chunks)), Kept(len(chunks))
     device_type, devices = input_ids.device.type, get_device_states(input_ids)[0]
-    with _no_gradient_checkpointing(model):
-        with torch.no_grad():
-            for n, chunk in enumerate(chunks):
-                if n > 0:
-                    states[n] = _tensors(cache)
-                random_states[n] = [torch.get_rng_state(), *get_device_states(input_ids)[1]]
-                model(**chunk | {"labels": None}, past_key_values=cache, **kwargs)
+    with torch.no_grad():
+        for n, chunk in enumerate(chunks):
+            if n > 0:
+                states[n] = _tensors(cache)
+            random_states[n] = [torch.get_rng_state(), *get_device_states(input_ids)[1]]
+            model(**chunk | {"labels": None}, past_key_values=cache, **kwargs)
 
-        losses = []
-        d_ends: list[Tensor | None] = [None] * len(_tensors(cache))
-        for n, chunk in reversed(list(enumerate(chunks))):
-            state = start if n == 0 else _snapshot(cache, states[n])
-            leaves = _tensors(state)
-            # Of several processes: gradients are reduced with those of the first chunk, which are the last to come.
-            with nullcontext() if n == 0 else getattr(model, "no_sync", nullcontext)():
-                with torch.random.fork_rng(devices, device_type=device_type):
-                    cpu_random_state, *device_random_states = random_states[n]
-                    torch.set_rng_state(cpu_random_state)
-                    set_device_states(devices, device_random_states, device_type=device_type)
-                    loss = model(**chunk, past_key_values=state, **kwargs).loss
-                _backward(loss, _tensors(state), d_ends, device_type)
-            d_ends = [leaf.grad for leaf in leaves] if n > 0 else []
-            losses.append(loss.detach())
+    losses = []
+    d_ends: list[Tensor | None] = [None] * len(_tensors(cache))
+    for n, chunk in reversed(list(enumerate(chunks))):
+        state = start if n == 0 else _snapshot(cache, states[n])
+        leaves = _tensors(state)
+        # Of several processes: gradients are reduced with those of the first chunk, which are the last to come.
+        with nullcontext() if n == 0 else getattr(model, "no_sync", nullcontext)():
+            with torch.random.fork_rng(devices, device_type=device_type):
+                cpu_random_state, *device_random_states = random_states[n]
+                torch.set_rng_state(cpu_random_state)
+                set_device_states(devices, device_random_states, device_type=device_type)
+                loss = model(**chunk, past_key_values=state, **kwargs).loss
+            _backward(loss, _tensors(state), d_ends, device_type)
+        d_ends = [leaf.grad for leaf in leaves] if n > 0 else []
+        losses.append(loss.detach())
     return torch.stack(losses).sum()
 
 
@@ -107,7 +105,9 @@ def _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs) -
         raise ValueError("only a model that reads forwards, in one process, can be differentiated chunk by chunk")
 
 
-def _chunks(input_ids: Tensor, shift_labels: Tensor, size: int, kwargs: dict[str, Any]) -> list[dict[str, Tensor]]:
+def _chunks(
+    input_ids: Tensor, shift_labels: Tensor, size: int, goes_on: bool, kwargs: dict[str, Any]
+) -> list[dict[str, Tensor]]:
     """What the model is given for each chunk; takes the masks out of kwargs."""
     B, T = input_ids.shape
     padding_mask = padding_mask_of(kwargs.pop("attention_mask", None), B, T)
@@ -120,6 +120,7 @@ def _chunks(input_ids: Tensor, shift_labels: Tensor, size: int, kwargs: dict[str
         padding_mask,
         B,
         T,
+        goes_on,
     )
     tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
     if padding_mask is not None:
@@ -163,19 +164,6 @@ def _snapshot(cache: Cache, states: list[Tensor] | None = None) -> Cache:
 
 def _tensors(cache: Cache) -> list[Tensor]:
     return [tensor for layer in cache.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
-
-
-@contextmanager
-def _no_gradient_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Checkpointed layers take no cache."""
-    modules: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.gradient_checkpointing = True
 
 
 __all__ = ["sequence_chunked_backward"]

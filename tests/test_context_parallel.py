@@ -256,7 +256,7 @@ def test_gradient_checkpointing_over_several_processes_changes_no_gradient(measu
     ("name", "message"),
     [
         ("labels", "pass shift_labels: the next chunk is on another rank"),
-        ("seq_idx", "pass reset_mask or position_ids, not numbered documents"),
+        ("seq_idx", "beside a state to go on from pass reset_mask or position_ids"),
         ("recording", "cannot record the states to go back to"),
         ("bidirectional", "a bidirectional model reads a sequence in one process"),
         ("loop", 'the "loop" backend reads a sequence in one process'),
