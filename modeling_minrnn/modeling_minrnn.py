@@ -78,7 +78,7 @@ TASK_NAMES = {
 # What libraries pass to any model, beside the arguments of MinRNNModel.forward; none of it changes what is computed.
 KNOWN_ARGUMENTS = {
     *TransformersKwargs.__annotations__, "labels", "shift_labels", "ignore_index", "logits_to_keep", "return_dict",
-    "cache_position", "token_type_ids",
+    "cache_position", "token_type_ids", "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
 # What other libraries call these arguments.
 FOREIGN_ARGUMENTS = {
@@ -596,29 +596,32 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
                 "a bidirectional model cannot generate: each of its outputs depends on the tokens after it"
             )
         kwargs.pop("token_type_ids", None)
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        if ids is not None:
-            self._check_prompt(ids, **kwargs)
+        if kwargs.get("attention_mask") is not None:
+            self._refuse_padding_on_the_right(kwargs["attention_mask"])
+        self._refuse_missing_tokens(kwargs.get("input_ids") if inputs is None else inputs, **kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def _check_prompt(
-        self, ids: Tensor, attention_mask=None, past_key_values=None, pad_token_id=None, **kwargs
-    ) -> None:
-        T = ids.shape[1]
+    def _prepare_attention_mask_for_generation(self, *args, **kwargs) -> Tensor:
+        """Of tokens that come without a mask: transformers assumes one, by the padding token."""
+        attention_mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
+        self._refuse_padding_on_the_right(attention_mask)
+        return attention_mask
+
+    def _refuse_padding_on_the_right(self, attention_mask: Tensor) -> None:
+        ends_in_padding = attention_mask[:, -1] == 0
+        if ends_in_padding.any():
+            raise ValueError(
+                f"row {int(ends_in_padding.nonzero()[0])} of the prompts ends in padding: generate needs it on the "
+                'left, padding_side="left" of the tokenizer'
+            )
+
+    def _refuse_missing_tokens(self, ids: Tensor | None, attention_mask=None, past_key_values=None, **kwargs) -> None:
+        T = 0 if ids is None else ids.shape[1]
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if 0 < T <= seen and (attention_mask is None or attention_mask.shape[1] == T):
             raise ValueError(
                 f"past_key_values holds {seen} tokens and input_ids {T}: pass the tokens of both as input_ids, or the "
                 f"new ones alone with an attention_mask of {seen + T} columns"
-            )
-        pad_token_id = self.generation_config.pad_token_id if pad_token_id is None else pad_token_id
-        if attention_mask is None and pad_token_id != self.generation_config.eos_token_id:
-            attention_mask = ids != pad_token_id  # as transformers assumes
-        if attention_mask is not None and (attention_mask[:, -1] == 0).any():
-            row = int((attention_mask[:, -1] == 0).nonzero()[0])
-            raise ValueError(
-                f'row {row} of the prompts ends in padding: generate needs it on the left, padding_side="left" of the '
-                "tokenizer"
             )
 
     def _get_static_cache_init_shape(self) -> None:

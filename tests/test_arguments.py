@@ -54,7 +54,8 @@ def test_what_transformers_passes_to_every_model_changes_nothing():
     model, ids = small_model(), random_ids(2, 6)
     outputs = model(
         ids, labels=ids, token_type_ids=torch.zeros_like(ids), cache_position=torch.arange(6), output_attentions=False,
-        output_router_logits=False, max_length_q=6, max_length_k=6, is_causal=True, head_mask=None, return_dict=True,
+        output_router_logits=False,
+        tokenizer=object(), max_length_q=6, max_length_k=6, is_causal=True, head_mask=None, return_dict=True,
     )  # fmt: skip
     assert torch.equal(outputs.logits, model(ids).logits)
     assert torch.equal(outputs.loss, model(ids, labels=ids).loss)
