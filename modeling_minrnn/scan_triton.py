@@ -172,7 +172,7 @@ def _pull_back(h, a, z, i, c, d0, d1, CELL: tl.constexpr):
 @triton.jit
 def _at(tensor, t, row, d, stride: tl.constexpr):
     """Pointers (W, BD) into a tensor (T, D)."""
-    return tensor + t.to(tl.int64) * stride + row[:, None] * stride + d[None, :]
+    return tensor + (row[:, None] * stride + d[None, :]) + t.to(tl.int64) * stride
 
 
 @triton.jit
