@@ -54,12 +54,15 @@ class MachineCode(NamedTuple):
 
 def compile_variant(variant: Variant) -> MachineCode:
     """Compile for an NVIDIA GPU of compute capability `target` and read the machine code."""
-    kernel = getattr(scan_triton, f"{variant.kernel}_kernel")
-    tiles = scan_triton.FORWARD_TILES if variant.kernel.startswith("forward") else scan_triton.BACKWARD_TILES
+    direction, _, is_reduce = variant.kernel.partition("_")
+    kernel = scan_triton.reduce_kernel if is_reduce else getattr(scan_triton, f"{direction}_kernel")
+    tiles = scan_triton.FORWARD_TILES if direction == "forward" else scan_triton.BACKWARD_TILES
     W, U, BD, warps = scan_triton.choose_tile(tiles, variant.D, plain=not variant.masks)
     width = sum(cell_of(variant.cell_type).blocks(variant.D))
     constants = dict(D=variant.D, stride=width, d_stride=variant.D, CELL=scan_triton.CELLS[variant.cell_type])
     constants |= dict(NVIDIA=True, W=W, U=U, BD=BD) | {mask: None for mask in MASKS if mask not in variant.masks}
+    if direction == "forward":
+        constants["d_states"] = None
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -16,6 +16,11 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+try:
+    import triton_interpreter  # noqa: F401
+except ImportError:  # triton is made for Linux
+    pass
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("tests")
