@@ -155,6 +155,11 @@ class Cell:
     system: ClassVar[Any] = None  # (A, B) in place of `gates`, where h = A h + B u and A is not diagonal
     reads_out: ClassVar[bool] = False  # whether the outputs are not simply h
 
+    def states_of(self, outputs: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """h (..., D) and L (..., E): `rest` is what the outputs of a scan do not hold of the states."""
+        D = outputs.shape[-1]
+        return (rest[..., :D], rest[..., D:]) if self.reads_out else (outputs, rest)
+
     def read_out(self, projected: Tensor, parameters: Tensor, before: Tensor) -> Tensor:
         """The outputs (..., D), where they are not h; before: (..., S), the states before the tokens."""
         raise NotImplementedError

@@ -590,8 +590,8 @@ CELLS |= {f"{name}:candidate=linear": CELLS[name] | LINEAR.value for name in ("m
 FUSED = frozenset(CELLS) - {"linear"}
 
 
-def forward(inputs: ScanInputs, log_sums=None, batch_invariant=False):
-    """h (B, T, D) and the last of it (B, D), for a cell of FUSED; "linear" has what `solve` is given."""
+def forward(inputs: ScanInputs, batch_invariant=False):
+    """As `scan_blocks.forward`, for a cell of FUSED; "linear" has what `solve` is given."""
     projected, _, initial_state, reset_state, reset_mask, padding_mask, cell, _ = inputs
     B, T, _ = projected.shape
     D = initial_state.shape[1]
@@ -612,11 +612,11 @@ def forward(inputs: ScanInputs, log_sums=None, batch_invariant=False):
         projected, initial_state.contiguous(), reset_state, reset_mask, padding_mask, *summaries,
         states, final_state, *sizes,
     )  # fmt: skip
-    return states, final_state
+    return states, final_state.new_empty(B, T, 0), final_state
 
 
-def backward(inputs: ScanInputs, log_sums, states, d_states, d_final_state, batch_invariant=False):
-    """Gradients of projected, parameters, initial_state and reset_state, for a cell of FUSED."""
+def backward(inputs: ScanInputs, states, rest, d_states, d_rest, d_final_state, batch_invariant=False):
+    """As `scan_blocks.backward`, for a cell of FUSED."""
     projected, _, initial_state, reset_state, reset_mask, padding_mask, cell, _ = inputs
     B, T, _ = projected.shape
     D = initial_state.shape[1]
@@ -656,7 +656,7 @@ def solve(share: Tensor, inflow: Tensor, carry: Tensor, reverse: bool = False, b
         PRIMITIVES["linear"],
         "triton",
     )
-    states, final_state = forward(inputs, batch_invariant=batch_invariant)
+    states, _, final_state = forward(inputs, batch_invariant=batch_invariant)
     return (states.flip(1) if reverse else states).transpose(0, 1), final_state
 
 
