@@ -5,8 +5,7 @@ the ways in. From here `operators.py` leads to the kernels, and `context_paralle
 processes.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -221,15 +220,19 @@ def _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state
 
 def step_loop(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """`operators.scan` as it is written, one token at a time; differentiated by autograd."""
-    cell, D, state, states, outputs = inputs.cell, inputs.D, inputs.initial_state, [], []
-    projected = inputs.projected.to(state.dtype)
-    if inputs.padding_mask is not None:  # whatever is there, its gradient is zero
-        projected = projected.masked_fill(inputs.padding_mask[..., None], 0)
-    for t, step in enumerate(_steps(cell, D, projected, inputs.parameters)):
+    cell, D, parameters, state, states, outputs = (
+        inputs.cell,
+        inputs.D,
+        inputs.parameters,
+        inputs.initial_state,
+        [],
+        [],
+    )
+    for t, token in enumerate(inputs.readable().unbind(1)):
         if inputs.reset_mask is not None:
             state = torch.where(inputs.reset_mask[:, t, None], inputs.reset_state, state)
-        new = step(state)
-        output = cell.read_out(projected[:, t], inputs.parameters, state) if cell.reads_out else new[:, :D]
+        new = _step(cell, D, token, parameters, state)
+        output = cell.read_out(token, parameters, state) if cell.reads_out else new[:, :D]
         if inputs.padding_mask is not None:
             padding = inputs.padding_mask[:, t, None]
             new, output = torch.where(padding, state, new), torch.where(padding, state[:, :D], output)
@@ -240,24 +243,16 @@ def step_loop(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(outputs, 1).to(inputs.projected.dtype), rest, state
 
 
-def _steps(cell: Cell, D: int, projected: Tensor, parameters: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """For each token, what makes the next state (B, S) of a state."""
+def _step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) -> Tensor:
+    """The state (B, S) after a token (B, width)."""
     if cell.system is not None:
-        A, B = (torch.from_numpy(x).to(projected) for x in cell.system)
-        yield from (functools.partial(dense_step, A, B, token) for token in projected.unbind(1))
-    elif cell.log_sums(D):  # the gates of a token depend on the state before it
-        yield from (functools.partial(_log_sum_step, cell, D, token, parameters) for token in projected.unbind(1))
-    else:
-        terms = cell.gates(projected, parameters, projected.new_empty(0))
-        fields = [x if x is None or x.dim() == 3 else x.expand(*projected.shape[:2], -1) for x in terms]
-        tokens = ([None] * projected.shape[1] if x is None else x.unbind(1) for x in fields)
-        yield from (functools.partial(advance, type(terms)(*token)) for token in zip(*tokens))
-
-
-def _log_sum_step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) -> Tensor:
+        A, B = (torch.from_numpy(x).to(token) for x in cell.system)
+        return dense_step(A, B, token, state)
     h, L = state.tensor_split([D], -1)
-    log_decay, score = cell.log_sum_gates(token, parameters)
     h = advance(cell.gates(token, parameters, L), h)
+    if not L.shape[-1]:
+        return h
+    log_decay, score = cell.log_sum_gates(token, parameters)
     return torch.cat([h, score + softplus(L + log_decay - score)], -1)  # logaddexp has no second derivative at -1e30
 
 
@@ -267,12 +262,8 @@ def advance(terms: Convex | Linear, h: Tensor) -> Tensor:
         # From the nearer end by the smaller share: in float32 a * h + z * c would drift where a rounds to 1.
         a, z = torch.sigmoid(-terms.log_odds), torch.sigmoid(terms.log_odds)
         return torch.where(a > z, torch.lerp(h, terms.candidate, z), torch.lerp(terms.candidate, h, a))
-    log_decay = terms.log_decay
-    if terms.sign is not None:
-        h = terms.sign * h
+    log_decay, h = terms.log_decay, terms.turned(h)
     if terms.phase is not None:
-        (real, imaginary), cosine, sine = h.chunk(2, -1), terms.phase.cos().to(h.dtype), terms.phase.sin().to(h.dtype)
-        h = torch.cat([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
         log_decay = torch.cat([log_decay, log_decay], -1)
     decayed = torch.where(log_decay > -0.5, h + torch.expm1(log_decay) * h, torch.exp(log_decay) * h)
     return decayed + terms.inflow
@@ -286,7 +277,7 @@ def _log_space(inputs: ScanInputs, group) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f'the "log" backend is the listing of minGRU and minLSTM, not of {inputs.cell.name!r}; use "torch"'
         )
-    projected = inputs.projected.to(inputs.initial_state.dtype)
+    projected = inputs.readable()
     odds, x = inputs.cell.gates(projected, inputs.parameters, projected)[0], projected[..., -inputs.D :]
     log_a = (-F.softplus(odds)).cumsum(1)
     log_b = -F.softplus(-odds) + torch.where(x >= 0, (F.relu(x) + 0.5).log(), -F.softplus(-x))

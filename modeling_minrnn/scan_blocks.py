@@ -44,6 +44,11 @@ class ScanInputs(NamedTuple):
     def D(self) -> int:
         return self.cell.state_width(self.projected.shape[-1])
 
+    def readable(self) -> Tensor:
+        """`projected` in the dtype of the state, zero where padding: whatever is there, its gradient is zero."""
+        projected = self.projected.to(self.initial_state.dtype)
+        return projected if self.padding_mask is None else projected.masked_fill(self.padding_mask[..., None], 0)
+
 
 class Block(NamedTuple):
     """Tokens start..stop: x (n, B, width), zero where padding; masks (n, B, 1)."""
@@ -134,52 +139,53 @@ def backward(
     states = inputs.cell.states_of(outputs, rest)
     d_projected = torch.empty(inputs.projected.shape, dtype=inputs.projected.dtype, device=inputs.projected.device)
     d_parameters, d_reset_state = (torch.zeros_like(x, dtype=dtype) for x in (inputs.parameters, inputs.reset_state))
-    d_state = d_final_state.to(dtype)
+    carry = d_final_state.to(dtype).tensor_split([inputs.D], -1)
     for start, stop in reversed(blocks(inputs, chosen)):
         block = load(inputs, start, stop)
         upstream = [time_major(d, start, stop, like) for d in (d_outputs, d_rest)]
-        d_x, d_p, d_state = _block_backward(block, inputs, states, upstream, d_state, d_reset_state, chosen.solve)
+        d_x, d_p, *carry = _block_backward(block, inputs, states, upstream, carry, d_reset_state, chosen.solve)
         d_parameters += d_p
         d_projected[:, start:stop] = _masked(d_x, block.padding, 0).transpose(0, 1)
-    return d_projected, d_parameters.to(like), d_state.to(like), d_reset_state.to(like)
+    return d_projected, d_parameters.to(like), torch.cat(carry, -1).to(like), d_reset_state.to(like)
 
 
-def _block_backward(block: Block, inputs: ScanInputs, states, upstream, carry: Tensor, d_reset_state: Tensor, solve):
-    """The gradients of x, of the parameters, and of the state (B, S) that the block starts from.
+def _block_backward(block: Block, inputs: ScanInputs, states, upstream, carry, d_reset_state: Tensor, solve):
+    """The gradients of x, of the parameters, and of the h and L that the block starts from.
 
-    states: h and L of all tokens. upstream: the gradients (n, B, ...) of outputs and rest. carry: that of the state
+    states: h and L of all tokens. upstream: the gradients (n, B, ...) of outputs and rest. carry: those of the h and L
     after the block. d_reset_state is added to.
     """
     cell, D, x, parameters = inputs.cell, inputs.D, block.x, inputs.parameters
     starts, resets = inputs.initial_state.tensor_split([D], -1), inputs.reset_state.tensor_split([D])
     h, L = (_before(*of_one, block) for of_one in zip(states, starts, resets))
+    (d_h, d_L), (d_reset_h, d_reset_L) = carry, d_reset_state.tensor_split([D])
     if cell.system is not None:
         walk = functools.partial(dense_block, cell, reset=block.reset, padding=block.padding)
-        d_x, d_h, d_r = derivative(walk, x, h[0].to(carry.dtype), resets[0])[1](upstream[0], carry)
+        d_x, d_h, d_r = derivative(walk, x, h[0].to(d_h.dtype), resets[0])[1](upstream[0], d_h)
         d_reset_state += d_r
-        return d_x, 0, d_h
-    (d_h, d_L), (d_reset_h, d_reset_L) = carry.tensor_split([D], -1), d_reset_state.tensor_split([D])
+        return d_x, 0, d_h, d_L
     (up_h, up_L), gradients = upstream, []
-    start = torch.zeros_like(carry)
     if cell.reads_out:
         _, pull_back = derivative(cell.read_out, x, parameters, torch.cat([h, L], -1))
         *d_inputs, d_before = pull_back(_masked(up_h, block.padding, 0))
         gradients.append(d_inputs)
         if block.padding is not None:
-            up_L[..., :D] += up_h * block.padding
-        start = _hand_back(d_before, up_L, block, d_reset_state)
+            up_L[..., :D] += _masked(up_h, ~block.padding, 0)
+        h_first, L_first = _hand_back(d_before, up_L, block, d_reset_state).tensor_split([D], -1)
         up_h, up_L = up_L.tensor_split([D], -1)
     terms, pull_back = _gates_and_derivative(cell, x, parameters, L)
     d_terms, d_h = _solve_backward(terms, block, h, up_h, d_h, d_reset_h, solve)
     *d_inputs, d_before = pull_back(*d_terms)
     gradients.append(d_inputs)
     if L.shape[-1]:
-        start_L = _hand_back(d_before, up_L, block, d_reset_L)
+        first = _hand_back(d_before, up_L, block, d_reset_L)
         d_inputs, d_L = _log_sums_backward(block, inputs, L, up_L, d_L, d_reset_L, solve)
         gradients.append(d_inputs)
-        d_L = d_L + start_L
+        d_L = d_L + first
+    if cell.reads_out:
+        d_h, d_L = d_h + h_first, d_L + L_first
     d_x, d_p = (functools.reduce(torch.add, d) for d in zip(*gradients))
-    return d_x, d_p, torch.cat([d_h, d_L], -1) + start
+    return d_x, d_p, d_h, d_L
 
 
 def _hand_back(d_before: Tensor, upstream: Tensor, block: Block, d_reset_state: Tensor) -> Tensor:
@@ -240,47 +246,25 @@ def _masked(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
 # number, the block is solved in a frame that turns along.
 
 
-class Turn(NamedTuple):
-    """A sign (sine None), or the cosine and sine by which complex numbers, [real | imaginary], are turned."""
-
-    cosine: Tensor
-    sine: Tensor | None
-
-    def __call__(self, x: Tensor, back: bool = False) -> Tensor:
-        if self.sine is None:
-            return self.cosine * x
-        real, imaginary = x.chunk(2, -1)
-        sine = -self.sine if back else self.sine
-        return torch.cat([real * self.cosine - imaginary * sine, real * sine + imaginary * self.cosine], -1)
-
-
-class Turns(NamedTuple):
-    """How each token turns h; and how h has turned since the start of the block, after each token and at its end."""
-
-    each: Turn
-    frame: Turn
-    end: Turn
-
-
-def _turns(terms: Convex | Linear, block: Block) -> Turns | None:
-    (n, B), dtype = block.x.shape[:2], carry_dtype(block.x.device)
+def _turns(terms: Convex | Linear, block: Block) -> tuple[Linear, Linear, Linear] | None:
+    """What turns h as each token does; as all since the start of the block up to each; and as all of them do."""
     if isinstance(terms, Convex) or (terms.sign is None and terms.phase is None):
         return None
+    (n, B), dtype = block.x.shape[:2], carry_dtype(block.x.device)
     if terms.sign is not None:
         sign = _masked(terms.sign, block.padding, 1).expand(n, B, -1)
         signs = sign.cumprod(0)
-        return Turns(Turn(sign, None), Turn(signs, None), Turn(signs[-1].to(dtype), None))
+        return terms._replace(sign=sign), terms._replace(sign=signs), terms._replace(sign=signs[-1])
     assert terms.phase is not None
     phase = _masked(terms.phase, block.padding, 0)
     phase = phase.expand(n, *phase.shape[1:]) if phase.dim() == 3 else phase.expand(n, 1, -1)
     angle = phase.to(dtype).cumsum(0)  # float32 would keep few digits of many turns
-    end = Turn(angle[-1].cos(), angle[-1].sin())
-    each, frame = (Turn(x.cos().to(block.x.dtype), x.sin().to(block.x.dtype)) for x in (phase, angle))
-    return Turns(each, frame, end)
+    return terms._replace(phase=phase), terms._replace(phase=angle), terms._replace(phase=angle[-1])
 
 
 def _share(terms: Convex | Linear, block: Block) -> Tensor:
-    """share (n, B, D) of `scan_torch.solve`, a = share - floor(share), without resets. Never zero where 1 - a is."""
+    """share (n, B, D) of `scan_torch.solve`, without resets: a = share - floor(share), 1 - a = ceil(share) - share. Not
+    zero, which is what it is for a reset alone."""
     tiny = torch.finfo(block.x.dtype).tiny
     if isinstance(terms, Convex):
         share = terms.log_odds.abs().neg_().sigmoid_().clamp_(min=tiny)
@@ -292,14 +276,14 @@ def _share(terms: Convex | Linear, block: Block) -> Tensor:
     return _masked(share.expand(*block.x.shape[:2], -1), block.padding, -tiny)
 
 
-def _flow(share: Tensor, upstream: Tensor, carry: Tensor, block: Block, solve: Callable) -> tuple[Tensor, Tensor]:
+def _flow(share: Tensor, a: Tensor, upstream: Tensor, carry: Tensor, block: Block, solve) -> tuple[Tensor, Tensor]:
     """The gradients of the states after each token in total, and of the one before the block.
 
     With d[t] = dL/dh[t] in total and e[t] = a[t] * d[t] the part that flows on to h[t-1]:
     e[t] = a[t] * (upstream[t] + e[t+1]), a linear recurrence from the right. `carry` is e of the block on the right.
     """
-    flow = (share - share.floor()) * upstream
-    flow, start = solve(_masked(share, block.reset, 0), _masked(flow, block.reset, 0), carry, reverse=True)
+    share, flow = _masked(share, block.reset, 0), _masked(a * upstream, block.reset, 0)
+    flow, start = solve(share, flow, carry, reverse=True)
     d = upstream.clone()
     d[:-1] += flow[1:]
     d[-1] += carry
@@ -312,18 +296,19 @@ def _solve(
     """h (n, B, D) of a block that starts from `carry` (B, D), and the last of it in the dtype of `carry`."""
     share, turns = _share(terms, block), _turns(terms, block)
     if isinstance(terms, Convex):
-        inflow = torch.sigmoid(terms.log_odds).mul_(terms.candidate)
+        inflow = share.ceil().sub_(share).mul_(terms.candidate)
     else:
         inflow = terms.inflow
     inflow = _masked(inflow, block.padding, 0).expand(share.shape)
     if block.reset is not None:
-        state = (share - share.floor()) * (reset_state if turns is None else turns.each(reset_state))
+        state = (share - share.floor()) * (reset_state if turns is None else turns[0].turned(reset_state))
         inflow = torch.where(block.reset, inflow + state, inflow)
         share = torch.where(block.reset, 0, share)
     if turns is None:
         return solve(share, inflow, carry)
-    states, carry = solve(share, turns.frame(inflow, back=True), carry)
-    return turns.frame(states), turns.end(carry)
+    _, frame, end = turns
+    states, carry = solve(share, frame.turned(inflow, back=True), carry)
+    return frame.turned(states), end.turned(carry)
 
 
 def _solve_backward(
@@ -339,18 +324,19 @@ def _solve_backward(
     share, turns = _share(terms, block), _turns(terms, block)
     a = share - share.floor()
     if turns is None:
-        d, start = _flow(share, upstream, carry, block, solve)
+        d, start = _flow(share, a, upstream, carry, block, solve)
     else:
-        d, start = _flow(share, turns.frame(upstream, back=True), turns.end(carry, back=True), block, solve)
-        d = turns.frame(d)
+        each, frame, end = turns
+        d, start = _flow(share, a, frame.turned(upstream, back=True), end.turned(carry, back=True), block, solve)
+        d = frame.turned(d)
     if block.reset is not None:
-        to_reset_state = a * d if turns is None else turns.each(a * d, back=True)
+        to_reset_state = a * d if turns is None else each.turned(a * d, back=True)
         d_reset_state += (to_reset_state * block.reset).sum((0, 1))
     d = _masked(d, block.padding, 0)
     if isinstance(terms, Convex):
-        d_candidate = torch.sigmoid(terms.log_odds).mul_(d)
+        d_candidate = share.ceil().sub_(share).mul_(d)
         return [before.neg_().add_(terms.candidate).mul_(a).mul_(d_candidate), d_candidate], start
-    kept = a * (before if turns is None else turns.each(before))  # of h before the token
+    kept = a * (before if turns is None else each.turned(before))  # of h before the token
     d_log_decay, d_phase = kept * d, None
     if terms.phase is not None:
         (real, imaginary), (d_real, d_imaginary) = kept.chunk(2, -1), d.chunk(2, -1)
@@ -389,9 +375,9 @@ def _log_sums_backward(
     # dL/d(L + log_decay) is a and dL/d score is 1 - a, with these log-odds.
     log_odds = score - (before + log_decay)
     share = _share(Convex(log_odds, score), block)
-    d, start = _flow(share, upstream, carry, block, solve)
-    to_kept = (share - share.floor()) * d
+    a, z = share - share.floor(), share.ceil() - share
+    d, start = _flow(share, a, upstream, carry, block, solve)
     if block.reset is not None:
-        d_reset_state += (to_kept * block.reset).sum((0, 1))
-    d_log_decay, d_score = _masked(to_kept, block.padding, 0), _masked(log_odds.sigmoid_() * d, block.padding, 0)
+        d_reset_state += (a * d * block.reset).sum((0, 1))
+    d_log_decay, d_score = _masked(a * d, block.padding, 0), _masked(z * d, block.padding, 0)
     return pull_back(d_log_decay.sum_to_size(terms[0].shape), d_score.sum_to_size(terms[1].shape)), start

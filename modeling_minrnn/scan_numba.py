@@ -396,37 +396,46 @@ def forward_row(code, p, q, carry, L, states, rows):
                 wide[d] = odds
         gate = wide
     for d in range(len(x)):
-        share[d], sign[d], inflow[d], _, _ = gates(code, gate[d], x[d], p[2][d], q[0][d], is_first)
+        share[d], turn, inflow[d], _, _ = gates(code, gate[d], x[d], p[2][d], q[0][d], is_first)
+        if code == SIGNED:
+            sign[d] = turn
     for d in range(len(x)):
-        carry[d] = both(np.float64(share[d]))[0] * (sign[d] * carry[d]) + inflow[d]
+        turned = sign[d] * carry[d] if code == SIGNED else carry[d]
+        carry[d] = both(np.float64(share[d]))[0] * turned + inflow[d]
         states[d] = np.float32(carry[d])
 
 
 @numba.njit(inline="always")
-def backward_row(code, p, q, before, d_after, carries, d_p, d_q, rows):
+def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows):
     """The gradients of a token's projections, and `carries` on their way to the token before, whose state is `before`.
 
     d_after: the gradient of the state after the token.
     """
     (h, L), (upstream, d_L), (carry, L_carry) = before, d_after, carries
-    share, sign, total, spared0, spared1, to_q, wide = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6]
+    share, sign, total, spared0, spared1, wide = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     gate, x, z, d_gate = p[0], p[1], p[2], d_p[0]
     is_first, size = code == RGLRU and L[0] < NOTHING_SEEN / 2, len(x) // max(len(L), 1)
     if code & AAREN:
         for e in range(len(L)):
             for d in range(e * size, (e + 1) * size):
                 wide[d] = gate[e] - L[e]
-        gate, d_gate = wide, to_q
+        gate, d_gate = wide, rows[6]
     for d in range(len(x)):
-        share[d], sign[d], _, spared0[d], spared1[d] = gates(code, gate[d], x[d], z[d], q[0][d], is_first)
+        share[d], turn, _, spared0[d], spared1[d] = gates(code, gate[d], x[d], z[d], q[0][d], is_first)
+        if code == SIGNED:
+            sign[d] = turn
     for d in range(len(x)):
         d_state = carry[d] + upstream[d]
         total[d] = np.float32(d_state)
-        carry[d] = both(np.float64(share[d]))[0] * (sign[d] * d_state)
+        carry[d] = both(np.float64(share[d]))[0] * (sign[d] * d_state if code == SIGNED else d_state)
     for d in range(len(x)):
-        d_gate[d], d_p[1][d], d_p[2][d], wide[d] = pull_back(
+        d_gate[d], d_p[1][d], third, to_q = pull_back(
             code, gate[d], x[d], z[d], q[0][d], is_first, share[d], spared0[d], spared1[d], h[d], total[d]
         )
+        if columns == 3:
+            d_p[2][d] = third
+        if code & (RGLRU | HGRN):
+            wide[d] = to_q
     if code & (RGLRU | HGRN):
         for d in range(len(x)):
             d_q[0][d] += wide[d]
@@ -569,8 +578,8 @@ def backward_kernel_of(code: int, columns: int):
         q, S = state_at(q, 0, q, D, channels), D + E
         width, n = d_stop - d_start, place[3] - place[2]
         ahead = max(1, PREFETCHED_AHEAD // (4 * columns * D))
-        scratch, wide_scratch = allocate(4 * 8 * width), allocate(8 * 4 * width)
-        rows, wide = numba.carray(scratch, (8, width), np.float32), numba.carray(wide_scratch, (4, width), np.float64)
+        scratch, wide_scratch = allocate(4 * 7 * width), allocate(8 * 4 * width)
+        rows, wide = numba.carray(scratch, (7, width), np.float32), numba.carray(wide_scratch, (4, width), np.float64)
         # Gradients of the state that the token on the right received, and of what resets return to.
         carry, to_reset = (wide[0], wide[1][:n]), (wide[2], wide[3][:n])
         for b in range(b_start, b_stop):
@@ -586,8 +595,6 @@ def backward_kernel_of(code: int, columns: int):
                 d_after = state_at(d_states, up_h, d_log_sums, b * L_b + t * L_t, place)
                 d_out = d_outputs[up + d_start : up + d_stop]
                 fetch_ahead(code, columns, p, d_p, before, d_out, ahead, stride_t, d_stride, H, R, out_t)
-                if columns == 2:
-                    d_p = d_p[0], d_p[1], rows[7]
                 if paddings and padding_mask[row]:
                     add(carry, d_after)
                     if code & RWKV:
@@ -603,7 +610,7 @@ def backward_kernel_of(code: int, columns: int):
                     if code & RWKV:
                         rwkv_backward_row(p, q, before, d_out, d_after, carry, d_p, d_q_row, rows)
                     else:
-                        backward_row(code, p, q, before, d_after, carry, d_p, d_q_row, rows)
+                        backward_row(code, columns, p, q, before, d_after, carry, d_p, d_q_row, rows)
                 if resets and reset_mask[row]:
                     add(to_reset, carry)
                     carry[0][:] = 0.0
