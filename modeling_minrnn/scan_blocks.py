@@ -263,8 +263,8 @@ def _turns(terms: Convex | Linear, block: Block) -> tuple[Linear, Linear, Linear
 
 
 def _share(terms: Convex | Linear, block: Block) -> Tensor:
-    """share (n, B, D) of `scan_torch.solve`, without resets: a = share - floor(share), 1 - a = ceil(share) - share. Not
-    zero, which is what it is for a reset alone."""
+    """share (n, B, D) of `scan_torch.solve`: a = share - floor(share), 1 - a = ceil(share) - share. Without resets;
+    never zero, which is what a reset makes it."""
     tiny = torch.finfo(block.x.dtype).tiny
     if isinstance(terms, Convex):
         share = terms.log_odds.abs().neg_().sigmoid_().clamp_(min=tiny)
