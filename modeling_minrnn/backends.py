@@ -45,16 +45,11 @@ def kernels(backend: str, device_type: str) -> Kernels:
     if backend == "torch":
         return Kernels(solve, BLOCK_ELEMENTS if device_type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR)
     if backend == "numba":
-        from . import scan_numba as numba
+        from .scan_numba import BLOCK_ELEMENTS as BLOCK_ELEMENTS_NUMBA
+        from .scan_numba import backward, forward, fuses
+        from .scan_numba import solve as numba_solve
 
-        return Kernels(
-            numba.solve,
-            numba.BLOCK_ELEMENTS,
-            lambda cell: numba.code_of(cell) >= 0,
-            numba.forward,
-            numba.backward,
-            COMPILED[backend],
-        )
+        return Kernels(numba_solve, BLOCK_ELEMENTS_NUMBA, fuses, forward, backward, COMPILED[backend])
     from .scan_triton import FUSED, INTERPRETED
     from .scan_triton import backward as triton_backward
     from .scan_triton import forward as triton_forward

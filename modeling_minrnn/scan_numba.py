@@ -344,6 +344,10 @@ def code_of(cell: Cell) -> int:
     return CODES.get(cell.spec.partition(":num_heads=")[0], -1)
 
 
+def fuses(cell: Cell) -> bool:
+    return code_of(cell) >= 0
+
+
 @scalar
 def gates(code, p0, p1, p2, q, is_first):
     if code == SIGNED:
