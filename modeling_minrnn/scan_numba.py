@@ -716,7 +716,7 @@ def _derived(cell, parameters):
 
 
 def _kernel_and_q(inputs: ScanInputs, kernel_of):
-    """`functools.partial(run, ...)` of a kernel, q, and the map of its gradient to that of the parameters."""
+    """What runs a kernel on arguments of B rows, its q, and the map of the gradient of q to that of the parameters."""
     D, code = inputs.D, code_of(inputs.cell)
     E = inputs.cell.log_sums(D)
     q, pull_back = torch.zeros(1, D, dtype=torch.float32), lambda d_q: [torch.zeros_like(inputs.parameters)]
