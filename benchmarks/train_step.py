@@ -60,7 +60,7 @@ class TrainingStep:
 def without_scan(step: TrainingStep) -> Callable[[], None]:
     def identity(projected, cell, *_):
         states = projected[..., : cell.state_width(projected.shape[-1])]
-        return ScanOutputs(states, states[:, -1], states, states[..., :0])
+        return ScanOutputs(states, states[..., :0], states[:, -1])
 
     def run() -> None:
         with mock.patch.object(modeling_minrnn, "scan_states", identity):

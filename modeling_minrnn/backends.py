@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .cells import Cell
+
 BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant", "log")
 
 # Backends of compiled kernels, which need a package. On a device "auto" takes the first that is made for it.
@@ -22,16 +24,14 @@ class Kernels(NamedTuple):
 
     Attributes:
         solve: the recurrence alone, for every cell; the contract is that of `scan_torch.solve`.
-        log_sum: the recurrence of log-sums; the contract is that of `scan_torch.log_sum`.
         block_elements: of state that `solve` is given at a time; None for whole sequences.
-        fused: the cells, by `Cell.spec`, that `forward` and `backward` compute in one pass, gates included.
+        fuses: whether `forward` and `backward` compute a cell in one pass, gates included.
         devices: device types.
     """
 
     solve: Callable
-    log_sum: Callable
     block_elements: int | None
-    fused: frozenset[str] = frozenset()
+    fuses: Callable[[Cell], bool] = lambda cell: False
     forward: Callable = NotImplemented
     backward: Callable = NotImplemented
     devices: tuple[str, ...] = ()
@@ -40,18 +40,16 @@ class Kernels(NamedTuple):
 @functools.cache
 def kernels(backend: str, device_type: str) -> Kernels:
     """The kernels of "torch" or of a backend of COMPILED. Raises ImportError where they are not installed."""
-    from .scan_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_ACCELERATOR, log_sum, solve
+    from .scan_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_ACCELERATOR, solve
 
     if backend == "torch":
-        return Kernels(solve, log_sum, BLOCK_ELEMENTS if device_type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR)
+        return Kernels(solve, BLOCK_ELEMENTS if device_type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR)
     if backend == "numba":
         from .scan_numba import BLOCK_ELEMENTS as BLOCK_ELEMENTS_NUMBA
-        from .scan_numba import CODES, backward, forward
-        from .scan_numba import log_sum as numba_log_sum
+        from .scan_numba import backward, forward, fuses
         from .scan_numba import solve as numba_solve
 
-        fused = frozenset(CODES)
-        return Kernels(numba_solve, numba_log_sum, BLOCK_ELEMENTS_NUMBA, fused, forward, backward, COMPILED[backend])
+        return Kernels(numba_solve, BLOCK_ELEMENTS_NUMBA, fuses, forward, backward, COMPILED[backend])
     from .scan_triton import FUSED, INTERPRETED
     from .scan_triton import backward as triton_backward
     from .scan_triton import forward as triton_forward
@@ -59,7 +57,14 @@ def kernels(backend: str, device_type: str) -> Kernels:
 
     fixed = functools.partial(functools.partial, batch_invariant=backend == "triton_batch_invariant")
     devices = ("cpu",) if INTERPRETED else COMPILED[backend]
-    return Kernels(fixed(triton_solve), log_sum, None, FUSED, fixed(triton_forward), fixed(triton_backward), devices)
+    return Kernels(
+        fixed(triton_solve),
+        None,
+        lambda cell: cell.spec in FUSED,
+        fixed(triton_forward),
+        fixed(triton_backward),
+        devices,
+    )
 
 
 @torch.compiler.assume_constant_result  # for a compiler the answer does not change

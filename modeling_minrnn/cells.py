@@ -47,6 +47,18 @@ class Linear(NamedTuple):
     sign: Tensor | None = None
     phase: Tensor | None = None
 
+    def turned(self, h: Tensor, back: bool = False) -> Tensor:
+        if self.phase is not None:
+            cosine, sine = self.phase.cos().to(h.dtype), self.phase.sin().to(h.dtype)
+            return complex_product(torch.cat([cosine, -sine if back else sine], -1), h)
+        return h if self.sign is None else self.sign.to(h.dtype) * h
+
+
+def complex_product(x: Tensor, y: Tensor) -> Tensor:
+    """Of complex numbers [real | imaginary]."""
+    (a, b), (c, d) = x.chunk(2, -1), y.chunk(2, -1)
+    return torch.cat([a * c - b * d, a * d + b * c], -1)
+
 
 class LogSum(NamedTuple):
     """L = log(exp(L + log_decay) + exp(score)), log_decay <= 0. Shapes need only broadcast."""
@@ -136,7 +148,13 @@ class Cell:
     ) -> dict[str, Tensor]:
         """Initial values of `parameter_names`, and under "bias" that of the projection, which it has where
         `max_timescale` is given to a cell that remembers by it."""
-        return {}
+        if max_timescale is None or self.remembers_by != "bias":
+            return {}
+        return {"bias": torch.cat(self.remembering_bias(log_uniform_timescales(D, max_timescale, device)))}
+
+    def remembering_bias(self, timescales: Tensor) -> list[Tensor]:
+        """The bias of each block of the projection, with which a = exp(-1 / timescale) where the input is zero."""
+        raise NotImplementedError
 
     def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Convex | Linear:
         """What one token, or each of several, does to h.
@@ -154,6 +172,11 @@ class Cell:
 
     system: ClassVar[Any] = None  # (A, B) in place of `gates`, where h = A h + B u and A is not diagonal
     reads_out: ClassVar[bool] = False  # whether the outputs are not simply h
+
+    def states_of(self, outputs: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """h (..., D) and L (..., E): `rest` is what the outputs of a scan do not hold of the states."""
+        D = outputs.shape[-1]
+        return (rest[..., :D], rest[..., D:]) if self.reads_out else (outputs, rest)
 
     def read_out(self, projected: Tensor, parameters: Tensor, before: Tensor) -> Tensor:
         """The outputs (..., D), where they are not h; before: (..., S), the states before the tokens."""
@@ -207,11 +230,9 @@ class MinGRU(_MinRNN):
     def gates_backward(self, projected, d_log_odds, d_candidate):
         return torch.cat([d_log_odds, d_candidate * self._slope(projected.chunk(2, -1)[1])], -1)
 
-    def initial_parameters(self, D, layer, num_layers, max_timescale, device):
-        if max_timescale is None:
-            return {}
-        odds = torch.log(torch.expm1(1 / log_uniform_timescales(D, max_timescale, device)))
-        return {"bias": torch.cat([odds, torch.zeros_like(odds)])}
+    def remembering_bias(self, timescales):
+        odds = torch.log(torch.expm1(1 / timescales))
+        return [odds, torch.zeros_like(odds)]
 
 
 @dataclass(frozen=True)
@@ -225,10 +246,10 @@ class MinLSTM(_MinRNN):
 
     def gates(self, projected, parameters, log_sums):
         forget, input_, x = projected.chunk(3, -1)
-        # log i - log f, log sigmoid(x) being min(x, 0) - log(1 + exp(-|x|)). The large parts are subtracted first: far
-        # below zero only their difference counts. 2 min(x, 0) is -|x| + x with the derivative that fits that of min.
+        # log i - log f, log sigmoid(x) being min(x, 0) + log sigmoid(|x|). The large parts are subtracted first: far
+        # below zero only their difference counts. x - 2 min(x, 0) is |x| with the derivative that fits that of min.
         forget_low, input_low = forget.clamp(max=0), input_.clamp(max=0)
-        small = torch.log1p(torch.exp(2 * forget_low - forget)) - torch.log1p(torch.exp(2 * input_low - input_))
+        small = torch.log(torch.sigmoid(input_ - 2 * input_low) / torch.sigmoid(forget - 2 * forget_low))
         return Convex((input_low - forget_low) + small, self._candidate(x))
 
     def gates_backward(self, projected, d_log_odds, d_candidate):
@@ -236,12 +257,9 @@ class MinLSTM(_MinRNN):
         d_forget, d_input = torch.sigmoid(-forget).mul_(d_log_odds).neg_(), torch.sigmoid(-input_).mul_(d_log_odds)
         return torch.cat([d_forget, d_input, d_candidate * self._slope(x)], -1)
 
-    def initial_parameters(self, D, layer, num_layers, max_timescale, device):
-        if max_timescale is None:
-            return {}
-        odds = torch.log(torch.expm1(1 / log_uniform_timescales(D, max_timescale, device)))
-        # With the opposite bias on its input gate i = 1 - f, and so a = f / (f + i) = f.
-        return {"bias": torch.cat([-odds, odds, torch.zeros_like(odds)])}
+    def remembering_bias(self, timescales):
+        odds = torch.log(torch.expm1(1 / timescales))
+        return [-odds, odds, torch.zeros_like(odds)]  # i = 1 - f, and so a = f / (f + i) = f
 
 
 @dataclass(frozen=True)
@@ -269,11 +287,9 @@ class SignedMinGRU(Cell):
         log_decay = torch.where(double < math.log(2), near, far) - torch.log1p(torch.exp(-double))
         return Linear(log_decay, sigmoid(gate) * x, sign)
 
-    def initial_parameters(self, D, layer, num_layers, max_timescale, device):
-        if max_timescale is None:
-            return {}
-        decay = torch.atanh(torch.exp(-1 / log_uniform_timescales(D, max_timescale, device)))
-        return {"bias": torch.cat([decay, torch.zeros_like(decay), torch.zeros_like(decay)])}
+    def remembering_bias(self, timescales):
+        decay = torch.atanh(torch.exp(-1 / timescales))
+        return [decay, torch.zeros_like(decay), torch.zeros_like(decay)]
 
 
 @dataclass(frozen=True)

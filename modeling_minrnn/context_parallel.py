@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .causal_conv import windows_after
-from .cells import NOTHING_SEEN
+from .cells import NOTHING_SEEN, complex_product
 from .operators import ScanInputs, scan
 
 
@@ -54,9 +54,8 @@ def _chain(start: Tensor, own: Tensor, apply: Callable, group: dist.ProcessGroup
     return torch.stack(values)[group.rank()], last
 
 
-def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`operators.scan` of this rank's chunk, and the state that the chunk starts from; `initial_state` is the state
-    before the first chunk.
+def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """`operators.scan` of this rank's chunk; `initial_state` and the final state are those of the whole sequence.
 
     The h after a chunk is decay * (h before it) + end: decay is the product of a, end what a scan from zero ends with.
     The L after it is log(exp(L before it + log_decay) + exp(end)), and is settled first, as the gates depend on it.
@@ -73,25 +72,18 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
     if L.shape[-1]:
         from_nothing = torch.cat([torch.zeros_like(h), torch.full_like(L, NOTHING_SEEN)], -1)
         end = scan(inputs._replace(initial_state=from_nothing))[2][:, D:]
-        log_decay = _total(cell.log_sum_gates(_readable(inputs), inputs.parameters).log_decay, inputs, end)
+        log_decay = _total(cell.log_sum_gates(inputs.readable(), inputs.parameters).log_decay, inputs, end)
         L, last_L = _chain(L, torch.stack([log_decay, end]), lambda own, x: torch.logaddexp(x + own[0], own[1]), group)
-    _, log_sums, end = scan(inputs._replace(initial_state=torch.cat([torch.zeros_like(h), L], -1)))
-    before = torch.cat([L[:, None], log_sums[:, :-1]], 1)
+    outputs, rest, end = scan(inputs._replace(initial_state=torch.cat([torch.zeros_like(h), L], -1)))
+    before = torch.cat([L[:, None], cell.states_of(outputs, rest)[1][:, :-1]], 1)
     if inputs.reset_mask is not None:
         before = torch.where(inputs.reset_mask[..., None], inputs.reset_state[D:], before)
-    terms = cell.gates(_readable(inputs), inputs.parameters, before)
+    terms = cell.gates(inputs.readable(), inputs.parameters, before)
     multiply = complex_product if getattr(terms, "phase", None) is not None else torch.mul
     own = torch.stack([_decay(terms, inputs), end[:, :D]])
     h, last_h = _chain(h, own, lambda own, x: multiply(own[0], x) + own[1], group)
-    start = torch.cat([h, L], -1)
-    states, log_sums, _ = scan(inputs._replace(initial_state=start))
-    return states, log_sums, torch.cat([last_h, last_L], -1), start
-
-
-def _readable(inputs: ScanInputs) -> Tensor:
-    """`projected` in the dtype of the state, zero where padding: whatever is there, its gradient is zero."""
-    projected = inputs.projected.to(inputs.initial_state.dtype)
-    return projected if inputs.padding_mask is None else projected.masked_fill(inputs.padding_mask[..., None], 0)
+    outputs, rest, _ = scan(inputs._replace(initial_state=torch.cat([h, L], -1)))
+    return outputs, rest, torch.cat([last_h, last_L], -1)
 
 
 def _total(x: Tensor, inputs: ScanInputs, like: Tensor, after_reset: float = -math.inf) -> Tensor:
@@ -117,12 +109,6 @@ def _decay(terms, inputs: ScanInputs) -> Tensor:
         negative = _total((terms.sign < 0).to(like.dtype), inputs, like, 0)
         decay = decay * (1 - 2 * (negative % 2))
     return decay
-
-
-def complex_product(x: Tensor, y: Tensor) -> Tensor:
-    """Of complex numbers [real | imaginary]."""
-    (a, b), (c, d) = x.chunk(2, -1), y.chunk(2, -1)
-    return torch.cat([a * c - b * d, a * d + b * c], -1)
 
 
 def conv_windows(x: Tensor, window: Tensor, taps: Tensor | None, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

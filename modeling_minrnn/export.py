@@ -78,15 +78,14 @@ def _plain_scan(projected, parameters, initial_state, reset_state, reset_mask, p
         if cell.system is not None:
             new = torch.where(padding, state, dense_step(A, B, projected[:, 0].masked_fill(padding, 0), state))
             return new, (new.clone(), new[:, :0].clone())
-        states, log_sums, state = step_loop(
-            ScanInputs(projected, parameters, state, reset_state, None, padding, cell, "loop")
-        )
+        inputs = ScanInputs(projected, parameters, state, reset_state, None, padding, cell, "loop")
+        outputs, rest, state = step_loop(inputs)
         # What is carried and what is returned may not share memory.
-        return state, (states[:, 0].clone(), log_sums[:, 0].clone())
+        return state, (outputs[:, 0].clone(), rest[:, 0].clone())
 
     tokens = (projected.transpose(0, 1), padding_mask.transpose(0, 1))
-    final_state, (states, log_sums) = scan(step, initial_state.contiguous(), tokens)
-    return states.transpose(0, 1), log_sums.transpose(0, 1), final_state
+    final_state, (outputs, rest) = scan(step, initial_state.contiguous(), tokens)
+    return outputs.transpose(0, 1), rest.transpose(0, 1), final_state
 
 
 def _plain_conv(x, weight, window, taps):

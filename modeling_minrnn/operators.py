@@ -5,11 +5,12 @@ from torch import Tensor
 
 from .backends import NAMESPACE, Kernels, kernels, resolve_backend
 from .cells import cell_of
-from .scan_blocks import ScanInputs, backward, forward
+from .scan_blocks import ScanInputs, backward, empty_outputs, forward
 
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """h (B, T, D) in the dtype of `projected`, L (B, T, E) and the final state (B, S) in that of the state."""
+    """Outputs (B, T, D) in the dtype of `projected`; in that of the state the rest, what these do not hold of the
+    states: L (B, T, E), or (B, T, S) where a cell reads out; and the final state (B, S)."""
     *tensors, cell, backend = inputs
     return _scan(*tensors, cell.spec, backend)
 
@@ -46,24 +47,22 @@ def _scan_backward(
     padding_mask: Tensor | None,
     spec: str,
     backend: str,
-    states: Tensor,
-    log_sums: Tensor,
-    d_states: Tensor,
-    d_log_sums: Tensor,
+    outputs: Tensor,
+    rest: Tensor,
+    d_outputs: Tensor,
+    d_rest: Tensor,
     d_final_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = ScanInputs(
         projected, parameters, initial_state, reset_state, reset_mask, padding_mask, cell_of(spec), backend
     )
-    return backward(inputs, _kernels(inputs), states, log_sums, d_states, d_log_sums, d_final_state)
+    return backward(inputs, _kernels(inputs), outputs, rest, d_outputs, d_rest, d_final_state)
 
 
 @_scan.register_fake
-def _(projected, parameters, initial_state, reset_state, reset_mask, padding_mask, spec, backend):
-    (B, T, width), S = projected.shape, initial_state.shape[-1]
-    D = cell_of(spec).state_width(width)
-    states, log_sums = projected.new_empty(B, T, D), initial_state.new_empty(B, T, S - D)
-    return states, log_sums, initial_state.new_empty(initial_state.shape)
+def _(*arguments):
+    *tensors, spec, backend = arguments
+    return empty_outputs(ScanInputs(*tensors, cell_of(spec), backend))
 
 
 @_scan_backward.register_fake
@@ -74,12 +73,15 @@ def _(projected, parameters, initial_state, reset_state, *_):
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.spec, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[:2])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, d_states, d_log_sums, d_final_state):
-    *tensors, states, log_sums = ctx.saved_tensors
-    gradients = _scan_backward(*tensors, ctx.spec, ctx.backend, states, log_sums, d_states, d_log_sums, d_final_state)
+def _differentiate(ctx, *d_outputs):
+    *tensors, outputs, rest = ctx.saved_tensors
+    # Zeros in one row: rarely does a gradient come from `rest`.
+    shapes = zip(d_outputs, (outputs, rest, tensors[2]))
+    upstream = [y.new_zeros(y.shape[-1]).expand(y.shape) if d is None else d for d, y in shapes]
+    gradients = _scan_backward(*tensors, ctx.spec, ctx.backend, outputs, rest, *upstream)
     return *gradients, None, None, None, None
 
 

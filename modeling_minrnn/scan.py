@@ -5,8 +5,7 @@ the ways in. From here `operators.py` leads to the kernels, and `context_paralle
 processes.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -124,7 +123,7 @@ def linear_scan(
         states = [None if x is None else torch.cat([x.real, x.imag], -1) for x in states]
     projected = torch.cat(columns, -1)
     cell = PRIMITIVES["linear:turned=phase" if is_complex else "linear" if sign is None else "linear:turned=sign"]
-    outputs, final_state, *_ = scan_states(
+    outputs, _, final_state = scan_states(
         projected, cell, states[0], projected.new_empty(0), reset_mask, padding_mask, states[1], backend
     )
     if is_complex:
@@ -133,16 +132,16 @@ def linear_scan(
 
 
 class ScanOutputs(NamedTuple):
-    """outputs (B, T, D), final_state (B, S); states (B, T, D) is h and log_sums (B, T, E) is L, after each token."""
+    """outputs (B, T, D), final_state (B, S), and rest, what outputs do not hold of the states, as `Cell.states_of`."""
 
     outputs: Tensor
+    rest: Tensor
     final_state: Tensor
-    states: Tensor
-    log_sums: Tensor
 
     def all_states(self) -> Tensor:
-        """(B, T, S)."""
-        return torch.cat([self.states, self.log_sums], -1) if self.log_sums.shape[-1] else self.states
+        """(B, T, S), after each token."""
+        missing = self.final_state.shape[-1] - self.rest.shape[-1]
+        return torch.cat([self.outputs[..., :missing], self.rest], -1) if self.rest.shape[-1] else self.outputs
 
 
 def scan_states(
@@ -167,24 +166,13 @@ def scan_states(
     inputs = ScanInputs(projected, parameters, initial_state, reset_state, reset_mask, padding_mask, cell, backend)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:4])
     if backend == "log":
-        states, log_sums, final_state = _log_space(inputs, group)
-    elif group is not None:
-        states, log_sums, final_state, initial_state = context_parallel_scan(inputs, group)
+        return ScanOutputs(*_log_space(inputs, group))
+    if group is not None:
+        return ScanOutputs(*context_parallel_scan(inputs, group))
     # One token without a gradient: a handful of pointwise operations, which a compiler fuses with their surroundings.
-    elif backend == "loop" or (projected.shape[1] == 1 and not needs_gradient):
-        states, log_sums, final_state = step_loop(inputs)
-    else:
-        states, log_sums, final_state = scan(inputs)
-    outputs = states
-    if cell.reads_out:
-        after = torch.cat([states.to(dtype), log_sums], -1)
-        before = torch.cat([initial_state[:, None], after], 1)[:, :-1]
-        if reset_mask is not None:
-            before = torch.where(reset_mask[..., None], reset_state, before)
-        tokens = projected if padding_mask is None else projected.masked_fill(padding_mask[..., None], 0)
-        outputs = cell.read_out(tokens.to(dtype), parameters, before).to(projected.dtype)
-        outputs = outputs if padding_mask is None else torch.where(padding_mask[..., None], states, outputs)
-    return ScanOutputs(outputs, final_state, states, log_sums)
+    if backend == "loop" or (projected.shape[1] == 1 and not needs_gradient):
+        return ScanOutputs(*step_loop(inputs))
+    return ScanOutputs(*scan(inputs))
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -231,39 +219,40 @@ def _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state
 
 
 def step_loop(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence as it is written, one token at a time; differentiated by autograd."""
-    cell, D, state, states = inputs.cell, inputs.D, inputs.initial_state, []
-    projected = inputs.projected.to(state.dtype)
-    if inputs.padding_mask is not None:  # whatever is there, its gradient is zero
-        projected = projected.masked_fill(inputs.padding_mask[..., None], 0)
-    for t, step in enumerate(_steps(cell, D, projected, inputs.parameters)):
+    """`operators.scan` as it is written, one token at a time; differentiated by autograd."""
+    cell, D, parameters, state, states, outputs = (
+        inputs.cell,
+        inputs.D,
+        inputs.parameters,
+        inputs.initial_state,
+        [],
+        [],
+    )
+    for t, token in enumerate(inputs.readable().unbind(1)):
         if inputs.reset_mask is not None:
             state = torch.where(inputs.reset_mask[:, t, None], inputs.reset_state, state)
-        new = step(state)
-        state = new if inputs.padding_mask is None else torch.where(inputs.padding_mask[:, t, None], state, new)
+        new = _step(cell, D, token, parameters, state)
+        output = cell.read_out(token, parameters, state) if cell.reads_out else new[:, :D]
+        if inputs.padding_mask is not None:
+            padding = inputs.padding_mask[:, t, None]
+            new, output = torch.where(padding, state, new), torch.where(padding, state[:, :D], output)
+        state = new
         states.append(state)
-    h, log_sums = torch.stack(states, 1).tensor_split([D], -1)
-    return h.to(inputs.projected.dtype), log_sums, state
+        outputs.append(output)
+    rest = torch.stack(states, 1)[..., 0 if cell.reads_out else D :]
+    return torch.stack(outputs, 1).to(inputs.projected.dtype), rest, state
 
 
-def _steps(cell: Cell, D: int, projected: Tensor, parameters: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """For each token, what makes the next state (B, S) of a state."""
+def _step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) -> Tensor:
+    """The state (B, S) after a token (B, width)."""
     if cell.system is not None:
-        A, B = (torch.from_numpy(x).to(projected) for x in cell.system)
-        yield from (functools.partial(dense_step, A, B, token) for token in projected.unbind(1))
-    elif cell.log_sums(D):  # the gates of a token depend on the state before it
-        yield from (functools.partial(_log_sum_step, cell, D, token, parameters) for token in projected.unbind(1))
-    else:
-        terms = cell.gates(projected, parameters, projected.new_empty(0))
-        fields = [x if x is None or x.dim() == 3 else x.expand(*projected.shape[:2], -1) for x in terms]
-        tokens = ([None] * projected.shape[1] if x is None else x.unbind(1) for x in fields)
-        yield from (functools.partial(advance, type(terms)(*token)) for token in zip(*tokens))
-
-
-def _log_sum_step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) -> Tensor:
+        A, B = (torch.from_numpy(x).to(token) for x in cell.system)
+        return dense_step(A, B, token, state)
     h, L = state.tensor_split([D], -1)
-    log_decay, score = cell.log_sum_gates(token, parameters)
     h = advance(cell.gates(token, parameters, L), h)
+    if not L.shape[-1]:
+        return h
+    log_decay, score = cell.log_sum_gates(token, parameters)
     return torch.cat([h, score + softplus(L + log_decay - score)], -1)  # logaddexp has no second derivative at -1e30
 
 
@@ -273,12 +262,8 @@ def advance(terms: Convex | Linear, h: Tensor) -> Tensor:
         # From the nearer end by the smaller share: in float32 a * h + z * c would drift where a rounds to 1.
         a, z = torch.sigmoid(-terms.log_odds), torch.sigmoid(terms.log_odds)
         return torch.where(a > z, torch.lerp(h, terms.candidate, z), torch.lerp(terms.candidate, h, a))
-    log_decay = terms.log_decay
-    if terms.sign is not None:
-        h = terms.sign * h
+    log_decay, h = terms.log_decay, terms.turned(h)
     if terms.phase is not None:
-        (real, imaginary), cosine, sine = h.chunk(2, -1), terms.phase.cos().to(h.dtype), terms.phase.sin().to(h.dtype)
-        h = torch.cat([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
         log_decay = torch.cat([log_decay, log_decay], -1)
     decayed = torch.where(log_decay > -0.5, h + torch.expm1(log_decay) * h, torch.exp(log_decay) * h)
     return decayed + terms.inflow
@@ -292,10 +277,10 @@ def _log_space(inputs: ScanInputs, group) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f'the "log" backend is the listing of minGRU and minLSTM, not of {inputs.cell.name!r}; use "torch"'
         )
-    projected = inputs.projected.to(inputs.initial_state.dtype)
+    projected = inputs.readable()
     odds, x = inputs.cell.gates(projected, inputs.parameters, projected)[0], projected[..., -inputs.D :]
     log_a = (-F.softplus(odds)).cumsum(1)
     log_b = -F.softplus(-odds) + torch.where(x >= 0, (F.relu(x) + 0.5).log(), -F.softplus(-x))
     start = inputs.initial_state.log()[:, None]  # -inf for a state of zero; not a number for a negative one
     states = (log_a + torch.cat([start, log_b - log_a], 1).logcumsumexp(1)[:, 1:]).exp()
-    return states.to(inputs.projected.dtype), states.new_empty(*states.shape[:2], 0), states[:, -1]
+    return states.to(inputs.projected.dtype), states[..., :0], states[:, -1]

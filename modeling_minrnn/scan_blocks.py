@@ -16,6 +16,7 @@ from torch import Tensor
 from .backends import Kernels
 from .cells import NOTHING_SEEN, Cell, Convex, Linear, LogSum
 from .dense_recurrence import dense_block
+from .scan_torch import log_sum
 
 
 class ScanInputs(NamedTuple):
@@ -42,6 +43,11 @@ class ScanInputs(NamedTuple):
     @property
     def D(self) -> int:
         return self.cell.state_width(self.projected.shape[-1])
+
+    def readable(self) -> Tensor:
+        """`projected` in the dtype of the state, zero where padding: whatever is there, its gradient is zero."""
+        projected = self.projected.to(self.initial_state.dtype)
+        return projected if self.padding_mask is None else projected.masked_fill(self.padding_mask[..., None], 0)
 
 
 class Block(NamedTuple):
@@ -81,120 +87,119 @@ def carry_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
+def empty_outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what `forward` returns."""
+    (B, T, _), S = inputs.projected.shape, inputs.reset_state.shape[-1]  # `len` would fix it for a compiler
+    rest = inputs.initial_state.new_empty(B, T, S if inputs.cell.reads_out else S - inputs.D)
+    return inputs.projected.new_empty(B, T, inputs.D), rest, inputs.initial_state.new_empty(B, S)
+
+
 def forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor]:
-    """(states, log_sums, final_state) of `operators.scan`."""
+    """(outputs, rest, final_state) of `operators.scan`."""
     cell, D = inputs.cell, inputs.D
-    if cell.spec in chosen.fused:
-        return _fused_forward(inputs, chosen)
-    B, T, _ = inputs.projected.shape
-    dtype = carry_dtype(inputs.projected.device)
-    h, L = inputs.initial_state.to(dtype).tensor_split([D], -1)
-    states = inputs.projected.new_empty(B, T, D)
-    log_sums = inputs.initial_state.new_empty(B, T, L.shape[-1])
+    if chosen.fuses(cell):
+        return chosen.forward(inputs)
+    outputs, rest, final_state = empty_outputs(inputs)
+    states, log_sums = cell.states_of(outputs, rest)
+    start_h, start_L = inputs.initial_state.tensor_split([D], -1)
+    reset_h, reset_L = inputs.reset_state.tensor_split([D])
+    h, L = (x.to(carry_dtype(x.device)) for x in (start_h, start_L))
     for start, stop in blocks(inputs, chosen):
         block = load(inputs, start, stop)
         if cell.system is not None:
             block_states, h = dense_block(cell, block.x, h, inputs.reset_state, block.reset, block.padding)
         else:
-            before, after = _log_sums(block, inputs, chosen, L)
-            L = after[-1] if L.shape[-1] else L
-            log_sums[:, start:stop] = after.transpose(0, 1)
-            terms = cell.gates(block.x, inputs.parameters, before.to(block.x.dtype))
-            block_states, h = _solve(terms, block, inputs.reset_state[:D], h, chosen.solve)
+            if L.shape[-1]:
+                after = _log_sums(block, inputs, L)
+                log_sums[:, start:stop], L = after.transpose(0, 1), after[-1]
+            terms = cell.gates(block.x, inputs.parameters, _before(log_sums, start_L, reset_L, block))
+            block_states, h = _solve(terms, block, reset_h, h, chosen.solve)
         states[:, start:stop] = block_states.transpose(0, 1)
-    return states, log_sums, torch.cat([h, L], -1).to(inputs.initial_state.dtype)
+        if cell.reads_out:
+            before = _before(rest, inputs.initial_state, inputs.reset_state, block)
+            read = cell.read_out(block.x, inputs.parameters, before)
+            read = read if block.padding is None else torch.where(block.padding, block_states.to(read.dtype), read)
+            outputs[:, start:stop] = read.transpose(0, 1)
+    return outputs, rest, final_state.copy_(torch.cat([h, L], -1))
 
 
 def backward(
     inputs: ScanInputs,
     chosen: Kernels,
-    states: Tensor,
-    log_sums: Tensor,
-    d_states: Tensor,
-    d_log_sums: Tensor,
+    outputs: Tensor,
+    rest: Tensor,
+    d_outputs: Tensor,
+    d_rest: Tensor,
     d_final_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projected, parameters, initial_state and reset_state."""
-    cell, D = inputs.cell, inputs.D
-    if cell.spec in chosen.fused:
-        return _fused_backward(inputs, chosen, states, log_sums, d_states, d_log_sums, d_final_state)
-    dtype = carry_dtype(inputs.projected.device)
+    if chosen.fuses(inputs.cell):
+        return chosen.backward(inputs, outputs, rest, d_outputs, d_rest, d_final_state)
+    dtype, like = carry_dtype(inputs.projected.device), inputs.initial_state.dtype
+    states = inputs.cell.states_of(outputs, rest)
     d_projected = torch.empty(inputs.projected.shape, dtype=inputs.projected.dtype, device=inputs.projected.device)
-    d_parameters = torch.zeros_like(inputs.parameters, dtype=dtype)
-    d_reset_state = torch.zeros_like(inputs.reset_state, dtype=dtype)
-    d_reset_h, d_reset_L = d_reset_state.tensor_split([D])
-    d_h, d_L = d_final_state.to(dtype).tensor_split([D], -1)
-    start_h, start_L = inputs.initial_state.tensor_split([D], -1)
-    reset_h, reset_L = inputs.reset_state.tensor_split([D])
+    d_parameters, d_reset_state = (torch.zeros_like(x, dtype=dtype) for x in (inputs.parameters, inputs.reset_state))
+    carry = d_final_state.to(dtype).tensor_split([inputs.D], -1)
     for start, stop in reversed(blocks(inputs, chosen)):
         block = load(inputs, start, stop)
-        upstream = time_major(d_states, start, stop, block.x.dtype)
-        if cell.system is not None:
-            carry = (start_h if start == 0 else states[:, start - 1]).to(dtype)
-            solve = functools.partial(dense_block, cell, reset=block.reset, padding=block.padding)
-            _, pull_back = derivative(solve, block.x, carry, reset_h)
-            d_x, d_h, d_r = pull_back(upstream, d_h)
-            d_reset_h += d_r
-        else:
-            L = _before(log_sums, start_L, reset_L, block)
-            terms, pull_back = _gates_and_derivative(cell, block.x, inputs.parameters, L)
-            h = _before(states, start_h, reset_h, block)
-            d_terms, d_h = _solve_backward(terms, block, h, upstream, d_h, d_reset_h, chosen.solve)
-            d_x, d_p, d_before = pull_back(*d_terms)
-            if L.shape[-1]:
-                ups = time_major(d_log_sums, start, stop, L.dtype)
-                after = time_major(log_sums, start, stop, dtype)
-                (d_more, d_q), d_L = _log_sums_backward(
-                    block, inputs, L, after, ups, d_before, d_L, d_reset_L, chosen.solve
-                )
-                d_x, d_p = d_x + d_more, d_p + d_q
-            if d_p is not None:
-                d_parameters += d_p
+        upstream = [time_major(d, start, stop, like) for d in (d_outputs, d_rest)]
+        d_x, d_p, *carry = _block_backward(block, inputs, states, upstream, carry, d_reset_state, chosen.solve)
+        d_parameters += d_p
         d_projected[:, start:stop] = _masked(d_x, block.padding, 0).transpose(0, 1)
-    return (
-        d_projected,
-        d_parameters.to(inputs.parameters.dtype),
-        torch.cat([d_h, d_L], -1).to(inputs.initial_state.dtype),
-        d_reset_state.to(inputs.reset_state.dtype),
-    )
+    return d_projected, d_parameters.to(like), torch.cat(carry, -1).to(like), d_reset_state.to(like)
 
 
-def _fused_forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor]:
-    D = inputs.D
-    if not inputs.cell.log_sums(D):
-        states, h = chosen.forward(inputs, None)
-        return states, h.new_empty(*states.shape[:2], 0), h
-    before, after = _log_sums(_without_tokens(inputs), inputs, chosen, inputs.initial_state[:, D:].double())
-    states, h = chosen.forward(inputs, before.transpose(0, 1))
-    log_sums = after.transpose(0, 1).to(h.dtype, memory_format=torch.contiguous_format)
-    return states, log_sums, torch.cat([h, log_sums[:, -1]], -1)
+def _block_backward(block: Block, inputs: ScanInputs, states, upstream, carry, d_reset_state: Tensor, solve):
+    """The gradients of x, of the parameters, and of the h and L that the block starts from.
+
+    states: h and L of all tokens. upstream: the gradients (n, B, ...) of outputs and rest. carry: those of the h and L
+    after the block. d_reset_state is added to.
+    """
+    cell, D, x, parameters = inputs.cell, inputs.D, block.x, inputs.parameters
+    starts, resets = inputs.initial_state.tensor_split([D], -1), inputs.reset_state.tensor_split([D])
+    h, L = (_before(*of_one, block) for of_one in zip(states, starts, resets))
+    (d_h, d_L), (d_reset_h, d_reset_L) = carry, d_reset_state.tensor_split([D])
+    if cell.system is not None:
+        walk = functools.partial(dense_block, cell, reset=block.reset, padding=block.padding)
+        d_x, d_h, d_r = derivative(walk, x, h[0].to(d_h.dtype), resets[0])[1](upstream[0], d_h)
+        d_reset_state += d_r
+        return d_x, 0, d_h, d_L
+    (up_h, up_L), gradients = upstream, []
+    if cell.reads_out:
+        _, pull_back = derivative(cell.read_out, x, parameters, torch.cat([h, L], -1))
+        *d_inputs, d_before = pull_back(_masked(up_h, block.padding, 0))
+        gradients.append(d_inputs)
+        if block.padding is not None:
+            up_L[..., :D] += _masked(up_h, ~block.padding, 0)
+        h_first, L_first = _hand_back(d_before, up_L, block, d_reset_state).tensor_split([D], -1)
+        up_h, up_L = up_L.tensor_split([D], -1)
+    terms, pull_back = _gates_and_derivative(cell, x, parameters, L)
+    d_terms, d_h = _solve_backward(terms, block, h, up_h, d_h, d_reset_h, solve)
+    *d_inputs, d_before = pull_back(*d_terms)
+    gradients.append(d_inputs)
+    if L.shape[-1]:
+        first = _hand_back(d_before, up_L, block, d_reset_L)
+        d_inputs, d_L = _log_sums_backward(block, inputs, L, up_L, d_L, d_reset_L, solve)
+        gradients.append(d_inputs)
+        d_L = d_L + first
+    if cell.reads_out:
+        d_h, d_L = d_h + h_first, d_L + L_first
+    d_x, d_p = (functools.reduce(torch.add, d) for d in zip(*gradients))
+    return d_x, d_p, d_h, d_L
 
 
-def _fused_backward(inputs, chosen, states, log_sums, d_states, d_log_sums, d_final_state):
-    if not inputs.cell.log_sums(inputs.D):
-        return chosen.backward(inputs, None, states, d_states, d_final_state)
-    D, block = inputs.D, _without_tokens(inputs)
-    reset_L = inputs.reset_state[D:]
-    before = _before(log_sums, inputs.initial_state[:, D:], reset_L, block)
-    d_x, d_p, d_h, d_reset_h = chosen.backward(inputs, before.transpose(0, 1), states, d_states, d_final_state[:, :D])
-    d_L, d_reset_L = d_final_state[:, D:].double(), torch.zeros_like(reset_L, dtype=torch.float64)
-    after, upstream = (
-        time_major(log_sums, 0, len(block.x), d_L.dtype),
-        time_major(d_log_sums, 0, len(block.x), d_h.dtype),
-    )
-    zero = torch.zeros_like(before)
-    _, d_L = _log_sums_backward(block, inputs, before, after, upstream, zero, d_L, d_reset_L, chosen.solve)
-    return d_x, d_p, torch.cat([d_h, d_L.to(d_h.dtype)], -1), torch.cat([d_reset_h, d_reset_L.to(d_h.dtype)])
-
-
-def _without_tokens(inputs: ScanInputs) -> Block:
-    """All of T with its masks, for log-sums that do not depend on what the tokens are: those of the fused cells."""
-    B, T, _ = inputs.projected.shape
-    return load(inputs._replace(projected=inputs.initial_state.new_empty(B, T, 0)), 0, T)
+def _hand_back(d_before: Tensor, upstream: Tensor, block: Block, d_reset_state: Tensor) -> Tensor:
+    """Add the gradients of the states before each token to those of the states after, `upstream`, and d_reset_state;
+    return that of the state before the block."""
+    if block.reset is not None:
+        d_reset_state += (d_before * block.reset).sum((0, 1))
+        d_before = _masked(d_before, block.reset, 0)
+    upstream[:-1] += d_before[1:]
+    return d_before[0]
 
 
 def derivative(function: Callable, *arguments: Tensor) -> tuple[Any, Callable]:
-    """The NamedTuple that function(*arguments) is, and the map of its fields' gradients to the arguments'."""
+    """function(*arguments), a tensor or a NamedTuple, and the map of its gradients to those of the arguments."""
     leaves = [x.detach().requires_grad_() for x in arguments]
     # Within an operator torch does not record what autograd needs, unless its dispatcher is told to.
     excluded = torch._C._dispatch_tls_local_exclude_set()
@@ -204,20 +209,24 @@ def derivative(function: Callable, *arguments: Tensor) -> tuple[Any, Callable]:
     with recording, torch.enable_grad():
         outputs = function(*leaves)
 
+    many = [outputs] if isinstance(outputs, Tensor) else outputs
+
     def pull_back(*d_outputs: Tensor) -> tuple[Tensor, ...]:
-        pairs = [(y, d_y.to(y.dtype)) for y, d_y in zip(outputs, d_outputs) if d_y is not None and y.requires_grad]
+        pairs = [(y, d_y.to(y.dtype)) for y, d_y in zip(many, d_outputs) if d_y is not None and y.requires_grad]
         if not pairs:
             return tuple(map(torch.zeros_like, leaves))
         roots, gradients = zip(*pairs)
         return torch.autograd.grad(roots, leaves, gradients, materialize_grads=True)
 
-    return outputs._make(y if y is None else y.detach() for y in outputs), pull_back
+    detached = [y if y is None else y.detach() for y in many]
+    return detached[0] if isinstance(outputs, Tensor) else outputs._make(detached), pull_back
 
 
 def _gates_and_derivative(cell: Cell, x: Tensor, parameters: Tensor, log_sums: Tensor) -> tuple[Any, Callable]:
     if type(cell).gates_backward is Cell.gates_backward:
         return derivative(cell.gates, x, parameters, log_sums)
-    return cell.gates(x, parameters, log_sums), lambda *d_terms: (cell.gates_backward(x, *d_terms), None, None)
+    no_parameters = torch.zeros_like(parameters)
+    return cell.gates(x, parameters, log_sums), lambda *d: (cell.gates_backward(x, *d), no_parameters, None)
 
 
 def _before(states: Tensor, start: Tensor, reset_state: Tensor, block: Block) -> Tensor:
@@ -237,57 +246,48 @@ def _masked(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
 # number, the block is solved in a frame that turns along.
 
 
-class Turn(NamedTuple):
-    """A sign (sine None), or the cosine and sine by which complex numbers, [real | imaginary], are turned."""
-
-    cosine: Tensor
-    sine: Tensor | None
-
-    def __call__(self, x: Tensor, back: bool = False) -> Tensor:
-        if self.sine is None:
-            return self.cosine * x
-        real, imaginary = x.chunk(2, -1)
-        sine = -self.sine if back else self.sine
-        return torch.cat([real * self.cosine - imaginary * sine, real * sine + imaginary * self.cosine], -1)
-
-
-class Turns(NamedTuple):
-    """How each token turns h; and how h has turned since the start of the block, after each token and at its end."""
-
-    each: Turn
-    frame: Turn
-    end: Turn
-
-
-def _turns(terms: Convex | Linear, block: Block) -> Turns | None:
-    (n, B), dtype = block.x.shape[:2], carry_dtype(block.x.device)
+def _turns(terms: Convex | Linear, block: Block) -> tuple[Linear, Linear, Linear] | None:
+    """What turns h as each token does; as all since the start of the block up to each; and as all of them do."""
     if isinstance(terms, Convex) or (terms.sign is None and terms.phase is None):
         return None
+    (n, B), dtype = block.x.shape[:2], carry_dtype(block.x.device)
     if terms.sign is not None:
         sign = _masked(terms.sign, block.padding, 1).expand(n, B, -1)
         signs = sign.cumprod(0)
-        return Turns(Turn(sign, None), Turn(signs, None), Turn(signs[-1].to(dtype), None))
+        return terms._replace(sign=sign), terms._replace(sign=signs), terms._replace(sign=signs[-1])
     assert terms.phase is not None
     phase = _masked(terms.phase, block.padding, 0)
     phase = phase.expand(n, *phase.shape[1:]) if phase.dim() == 3 else phase.expand(n, 1, -1)
     angle = phase.to(dtype).cumsum(0)  # float32 would keep few digits of many turns
-    end = Turn(angle[-1].cos(), angle[-1].sin())
-    each, frame = (Turn(x.cos().to(block.x.dtype), x.sin().to(block.x.dtype)) for x in (phase, angle))
-    return Turns(each, frame, end)
+    return terms._replace(phase=phase), terms._replace(phase=angle), terms._replace(phase=angle[-1])
 
 
 def _share(terms: Convex | Linear, block: Block) -> Tensor:
-    """share (n, B, D) of `scan_torch.solve`, a = share - floor(share), without masks. Never zero where 1 - a is."""
+    """share (n, B, D) of `scan_torch.solve`: a = share - floor(share), 1 - a = ceil(share) - share. Without resets;
+    never zero, which is what a reset makes it."""
     tiny = torch.finfo(block.x.dtype).tiny
     if isinstance(terms, Convex):
         share = terms.log_odds.abs().neg_().sigmoid_().clamp_(min=tiny)
-        return torch.copysign(share, terms.log_odds, out=share)
-    share = torch.where(
-        terms.log_decay < -math.log(2), terms.log_decay.exp(), terms.log_decay.expm1().clamp(max=-tiny)
-    )
-    if terms.phase is not None:
-        share = torch.cat([share, share], -1)
-    return share.expand(*block.x.shape[:2], -1)
+        share = torch.copysign(share, terms.log_odds, out=share)
+    else:
+        kept = terms.log_decay
+        share = torch.where(kept < -math.log(2), kept.exp(), kept.expm1().clamp(max=-tiny))
+        share = share if terms.phase is None else torch.cat([share, share], -1)
+    return _masked(share.expand(*block.x.shape[:2], -1), block.padding, -tiny)
+
+
+def _flow(share: Tensor, a: Tensor, upstream: Tensor, carry: Tensor, block: Block, solve) -> tuple[Tensor, Tensor]:
+    """The gradients of the states after each token in total, and of the one before the block.
+
+    With d[t] = dL/dh[t] in total and e[t] = a[t] * d[t] the part that flows on to h[t-1]:
+    e[t] = a[t] * (upstream[t] + e[t+1]), a linear recurrence from the right. `carry` is e of the block on the right.
+    """
+    share, flow = _masked(share, block.reset, 0), _masked(a * upstream, block.reset, 0)
+    flow, start = solve(share, flow, carry, reverse=True)
+    d = upstream.clone()
+    d[:-1] += flow[1:]
+    d[-1] += carry
+    return d, start
 
 
 def _solve(
@@ -296,19 +296,19 @@ def _solve(
     """h (n, B, D) of a block that starts from `carry` (B, D), and the last of it in the dtype of `carry`."""
     share, turns = _share(terms, block), _turns(terms, block)
     if isinstance(terms, Convex):
-        inflow = torch.sigmoid(terms.log_odds).mul_(terms.candidate)
+        inflow = share.ceil().sub_(share).mul_(terms.candidate)
     else:
         inflow = terms.inflow
     inflow = _masked(inflow, block.padding, 0).expand(share.shape)
-    share = _masked(share, block.padding, -torch.finfo(share.dtype).tiny)
     if block.reset is not None:
-        state = (share - share.floor()) * (reset_state if turns is None else turns.each(reset_state))
+        state = (share - share.floor()) * (reset_state if turns is None else turns[0].turned(reset_state))
         inflow = torch.where(block.reset, inflow + state, inflow)
         share = torch.where(block.reset, 0, share)
     if turns is None:
         return solve(share, inflow, carry)
-    states, carry = solve(share, turns.frame(inflow, back=True), carry)
-    return turns.frame(states), turns.end(carry)
+    _, frame, end = turns
+    states, carry = solve(share, frame.turned(inflow, back=True), carry)
+    return frame.turned(states), end.turned(carry)
 
 
 def _solve_backward(
@@ -320,29 +320,23 @@ def _solve_backward(
     d_reset_state: Tensor,
     solve: Callable,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients of the terms, and of the h that the block starts from; d_reset_state is added to.
-
-    With d[t] = dL/dh[t] in total and e[t] = a[t] * d[t] the part that flows on to h[t-1]:
-    e[t] = a[t] * (upstream[t] + e[t+1]), a linear recurrence from the right. `carry` is e of the block on the right.
-    """
+    """The gradients of the terms, and of the h that the block starts from; d_reset_state is added to."""
     share, turns = _share(terms, block), _turns(terms, block)
-    share = _masked(share, block.padding, -torch.finfo(share.dtype).tiny)
     a = share - share.floor()
-    d = upstream if turns is None else turns.frame(upstream, back=True)
-    carry = carry if turns is None else turns.end(carry, back=True)
-    flow, start = solve(_masked(share, block.reset, 0), _masked(a * d, block.reset, 0), carry, reverse=True)
-    d = d.clone()
-    d[:-1] += flow[1:]
-    d[-1] += carry
-    d = d if turns is None else turns.frame(d)
+    if turns is None:
+        d, start = _flow(share, a, upstream, carry, block, solve)
+    else:
+        each, frame, end = turns
+        d, start = _flow(share, a, frame.turned(upstream, back=True), end.turned(carry, back=True), block, solve)
+        d = frame.turned(d)
     if block.reset is not None:
-        to_reset_state = a * d if turns is None else turns.each(a * d, back=True)
+        to_reset_state = a * d if turns is None else each.turned(a * d, back=True)
         d_reset_state += (to_reset_state * block.reset).sum((0, 1))
     d = _masked(d, block.padding, 0)
     if isinstance(terms, Convex):
-        d_candidate = torch.sigmoid(terms.log_odds).mul_(d)
+        d_candidate = share.ceil().sub_(share).mul_(d)
         return [before.neg_().add_(terms.candidate).mul_(a).mul_(d_candidate), d_candidate], start
-    kept = a * (before if turns is None else turns.each(before))  # of h before the token
+    kept = a * (before if turns is None else each.turned(before))  # of h before the token
     d_log_decay, d_phase = kept * d, None
     if terms.phase is not None:
         (real, imaginary), (d_real, d_imaginary) = kept.chunk(2, -1), d.chunk(2, -1)
@@ -361,48 +355,29 @@ def _log_sum_terms(terms: LogSum, block: Block, like: Tensor) -> tuple[Tensor, T
     return _masked(log_decay, block.padding, 0), _masked(score, block.padding, NOTHING_SEEN)
 
 
-def _log_sums(block: Block, inputs: ScanInputs, chosen: Kernels, carry: Tensor) -> tuple[Tensor, Tensor]:
-    """L before and after each token of a block that starts from `carry` (B, E)."""
-    if not carry.shape[-1]:
-        empty = carry.new_empty(*block.x.shape[:2], 0)
-        return empty, empty
+def _log_sums(block: Block, inputs: ScanInputs, carry: Tensor) -> Tensor:
+    """L after each token of a block that starts from `carry` (B, E)."""
     log_decay, score = _log_sum_terms(inputs.cell.log_sum_gates(block.x, inputs.parameters), block, carry)
-    reset_state = inputs.reset_state[inputs.D :].to(carry.dtype)
     if block.reset is not None:
+        reset_state = inputs.reset_state[inputs.D :].to(carry.dtype)
         score = torch.where(block.reset, torch.logaddexp(reset_state + log_decay, score), score)
         log_decay = torch.where(block.reset, -math.inf, log_decay)
-    after = chosen.log_sum(log_decay.contiguous(), score.contiguous(), carry)
-    before = torch.cat([carry[None], after[:-1]])
-    return before if block.reset is None else torch.where(block.reset, reset_state, before), after
+    return log_sum(log_decay.contiguous(), score.contiguous(), carry)
 
 
 def _log_sums_backward(
-    block: Block,
-    inputs: ScanInputs,
-    before: Tensor,
-    after: Tensor,
-    upstream: Tensor,
-    d_before: Tensor,
-    carry: Tensor,
-    d_reset_state: Tensor,
-    solve: Callable,
-) -> tuple[Any, Tensor]:
-    """What the log-sums add to the gradients of projected and parameters, and the gradient of the L that the block
-    starts from; d_reset_state is added to. As `_solve_backward`, with d_before (n, B, E) what the gates make of L."""
+    block: Block, inputs: ScanInputs, before: Tensor, upstream: Tensor, carry: Tensor, d_reset_state: Tensor, solve
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What the log-sums add to the gradients of x and the parameters, and the gradient of the L that the block starts
+    from; d_reset_state is added to."""
     terms, pull_back = derivative(inputs.cell.log_sum_gates, block.x, inputs.parameters)
-    log_decay, score = _log_sum_terms(terms, block, after)
-    # A difference of large numbers, which float32 can hold.
-    log_kept = (before.to(after.dtype) + log_decay - after).clamp(max=0).to(before.dtype)
-    kept = log_kept.exp()
-    share = torch.where(log_kept < -math.log(2), kept, log_kept.expm1().clamp(max=-torch.finfo(kept.dtype).tiny))
-    inflow = torch.addcmul(d_before, kept, upstream)
-    flow, start = solve(_masked(share, block.reset, 0), _masked(inflow, block.reset, 0), carry, reverse=True)
-    d = upstream.clone()
-    d[:-1] += flow[1:]
-    d[-1] += carry
+    log_decay, score = _log_sum_terms(terms, block, before)
+    # dL/d(L + log_decay) is a and dL/d score is 1 - a, with these log-odds.
+    log_odds = score - (before + log_decay)
+    share = _share(Convex(log_odds, score), block)
+    a, z = share - share.floor(), share.ceil() - share
+    d, start = _flow(share, a, upstream, carry, block, solve)
     if block.reset is not None:
-        d_reset_state += ((kept * d + d_before) * block.reset).sum((0, 1))
-    d_score = (score - after).to(d.dtype).exp() * d
-    d_log_decay, d_score = _masked(kept * d, block.padding, 0), _masked(d_score, block.padding, 0)
-    shapes = [term.shape for term in terms]
-    return pull_back(d_log_decay.sum_to_size(shapes[0]), d_score.sum_to_size(shapes[1])), start
+        d_reset_state += (a * d * block.reset).sum((0, 1))
+    d_log_decay, d_score = _masked(a * d, block.padding, 0), _masked(z * d, block.padding, 0)
+    return pull_back(d_log_decay.sum_to_size(terms[0].shape), d_score.sum_to_size(terms[1].shape)), start

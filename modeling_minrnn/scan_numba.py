@@ -1,9 +1,9 @@
 """CPU kernels of the scan: `solve`, the recurrence of any cell, and some cells fused, gates and all.
 
-B batch, T time, D width of h. Called through `operators.py`; nothing here checks its arguments. Gates are computed in
-float32, the state is carried in float64: a gate of 1 - 1e-7 applied for 1e5 tokens would lose the state in float32. A
-fused kernel walks a row twice, first its gates and then its recurrence: in one loop the exponentials would be computed
-by vectors of float64's length, half of what the processor can do.
+B batch, T time, D width of h, E log-sums. Called through `operators.py`; nothing here checks its arguments. Gates are
+computed in float32, the state is carried in float64: a gate of 1 - 1e-7 applied for 1e5 tokens would lose the state in
+float32. A fused kernel walks a row twice, first its gates and then its recurrence: in one loop the exponentials would
+be computed by vectors of float64's length, half of what the processor can do.
 
 Rows are walked one token at a time and vectorised over D. Threads share the work by batch rows, or by columns where
 there are too few rows. They come from a pool of our own around kernels that run without the GIL, not from numba's
@@ -14,7 +14,6 @@ import functools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 
@@ -28,8 +27,8 @@ try:
 except ImportError as error:
     raise ImportError('the "numba" backend needs numba: pip install numba') from error
 
-from .cells import NOTHING_SEEN, softplus
-from .scan_blocks import ScanInputs, derivative
+from .cells import NOTHING_SEEN, Cell, softplus
+from .scan_blocks import ScanInputs, derivative, empty_outputs
 
 # Not "nnan" or "ninf": a NaN that comes in must go out.
 OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
@@ -74,11 +73,55 @@ def flags(address):
 
 
 @numba.njit(inline="always")
-def blocks_at(array, start, D, width, columns):
-    """The rows of `width` numbers at `start` of each of two or three blocks of width D; the second twice for two."""
-    first, second = array[start : start + width], array[start + D : start + D + width]
-    third = start + (columns - 1) * D
-    return first, second, array[third : third + width]
+def state_at(h, h_start, L, L_start, place):
+    """Of rows that begin at h_start and L_start: the channels, and log-sums, of `place`."""
+    return h[h_start + place[0] : h_start + place[1]], L[L_start + place[2] : L_start + place[3]]
+
+
+@numba.njit(inline="always")
+def blocks_at(code, array, start, D, E, columns, place):
+    """Of the token at `start`: the part of each block of `projected` at `place`. Two blocks have the second twice."""
+    first, from_, to = (E, place[2], place[3]) if code & AAREN else (D, place[0], place[1])
+    second, third = start + first + place[0], start + first + (columns - 2) * D + place[0]
+    width = place[1] - place[0]
+    return array[start + from_ : start + to], array[second : second + width], array[third : third + width]
+
+
+@numba.njit(inline="always")
+def copy(targets, sources):
+    for i in range(2):
+        for j in range(len(targets[i])):
+            targets[i][j] = sources[i][j]
+
+
+@numba.njit(inline="always")
+def add(targets, sources):
+    for i in range(2):
+        for j in range(len(targets[i])):
+            targets[i][j] += sources[i][j]
+
+
+@intrinsic
+def allocate(typing_context, size):
+    """Memory that nothing else points to. Arrays of numba's own are counted, by atomic operations for each row."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.IntType(8).as_pointer(), [ir.IntType(64)])
+        function = get_or_insert_function(builder.module, kind, "malloc")
+        function.return_value.add_attribute("noalias")
+        return builder.call(function, arguments)
+
+    return voidptr(int64), generate
+
+
+@intrinsic
+def release(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        builder.call(get_or_insert_function(builder.module, kind, "free"), arguments)
+        return context.get_dummy_value()
+
+    return void(voidptr), generate
 
 
 @intrinsic
@@ -97,23 +140,22 @@ def prefetch_line(typing_context, address):
 
 
 @numba.njit(inline="always")
-def prefetch(address, start, width):
-    """The lines of array[start : start + width], float32, of the array at an address."""
-    for offset in range(0, 4 * width, 64):
-        prefetch_line(address + 4 * start + offset)
+def prefetch(row, back):
+    """The lines of as many numbers, `back` numbers before a row."""
+    for offset in range(0, 4 * len(row), 64):
+        prefetch_line(row.ctypes.data - 4 * back + offset)
 
 
 @numba.njit(inline="always")
-def fetch_ahead(
-    projected, d_projected, states, d_states, start, row, up, stride_t, d_stride_t, D, width, columns
-):  # fmt: skip
+def fetch_ahead(code, columns, p, d_p, before, d_out, ahead, stride_t, d_stride, H, R, out_t):
     """Hardware prefetch runs forwards, and the backward kernel walks backwards: short rows then take twice as long."""
-    ahead = max(1, PREFETCHED_AHEAD // (4 * columns * D))
     for column in range(columns):
-        prefetch(projected.ctypes.data, start - ahead * stride_t + column * D, width)
-        prefetch(d_projected.ctypes.data, ((row - ahead) * columns + column) * D, width)
-    prefetch(states.ctypes.data, (row - 1 - ahead) * D, width)
-    prefetch(d_states.ctypes.data, up - ahead * d_stride_t, width)
+        prefetch(p[column], ahead * stride_t)
+        prefetch(d_p[column], ahead * d_stride)
+    prefetch(before[0], ahead * H)
+    prefetch(d_out, ahead * out_t)
+    if code & RWKV:
+        prefetch(before[1], ahead * R)
 
 
 @scalar
@@ -139,6 +181,25 @@ def exp_and_rest(x):
 @scalar
 def exp_nonpositive(x):
     return exp_and_rest(x)[0]
+
+
+@scalar
+def log1p_exp(x):
+    """log(1 + exp(x)), x <= 0."""
+    e = exp_and_rest(x)[0]
+    s = e / (np.float32(2.0) + e)  # log(1 + e) = 2 atanh(s), s <= 1/3
+    q = s * s
+    p = np.float32(1 / 13) + q * np.float32(1 / 15)
+    p = np.float32(1 / 9) + q * (np.float32(1 / 11) + q * p)
+    p = np.float32(1 / 5) + q * (np.float32(1 / 7) + q * p)
+    return np.float32(2.0) * s * (np.float32(1.0) + q * (np.float32(1 / 3) + q * p))
+
+
+@scalar
+def log_sum_step(kept, score):
+    """The log-odds of score against kept, and log(exp(kept) + exp(score))."""
+    odds = np.float32(score - kept)
+    return odds, max(kept, score) + log1p_exp(-abs(odds))
 
 
 @scalar
@@ -270,9 +331,21 @@ def hgrn_pull_back(forget, x, bound, share, rest, s, h, d):
     return d_a * (one - bound) * rest * sigmoids(forget)[0], d_x, d_a * rest
 
 
-MINGRU, MINLSTM, LINEAR, SIGNED, RGLRU, HGRN = 0, 1, 2, 4, 8, 16  # LINEAR: the candidate of the first two
+MINGRU, MINLSTM, LINEAR, SIGNED, RGLRU, HGRN, AAREN, RWKV = 0, 1, 2, 4, 8, 16, 32, 64
+# LINEAR: the candidate is x itself. AAREN and RWKV are minGRU with log-odds by log-sums.
+LOG_SUMS = AAREN | RWKV | RGLRU
 CODES = {"mingru": MINGRU, "minlstm": MINLSTM, "mingru_signed": SIGNED, "rglru": RGLRU, "hgrn": HGRN}
 CODES |= {f"{name}:candidate=linear": CODES[name] | LINEAR for name in ("mingru", "minlstm")}
+CODES |= {"aaren": AAREN | LINEAR, "rwkv4": RWKV | LINEAR}
+
+
+def code_of(cell: Cell) -> int:
+    """Which gates of this file are those of a cell; -1 for a cell that has none."""
+    return CODES.get(cell.spec.partition(":num_heads=")[0], -1)
+
+
+def fuses(cell: Cell) -> bool:
+    return code_of(cell) >= 0
 
 
 @scalar
@@ -307,33 +380,137 @@ def pull_back(code, p0, p1, p2, q, is_first, share, spared0, spared1, h, d):
     return d0, d1, d1, zero
 
 
+# A token, forward and backward. Gates, recurrence and their derivatives are loops of their own, with rows of scratch
+# between them.
+
+
 @numba.njit(inline="always")
-def backward_row(code, p0, p1, p2, q, is_first, previous, upstream, carry, d0, d1, d2, d_q, rows):
-    """The gradients of a token's projections, and `carry` on its way to the token before. Gates, recurrence and their
-    derivatives are loops of their own, with rows of scratch between them."""
-    width = len(p0)
-    share, sign, total, spared0, spared1, to_q = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
-    for d in range(width):
-        share[d], sign[d], _, spared0[d], spared1[d] = gates(code, p0[d], p1[d], p2[d], q[d], is_first)
-    for d in range(width):
+def forward_row(code, p, q, carry, L, states, rows):
+    """`carry` and L move on by the token; states: h after it."""
+    share, sign, inflow, wide = rows[0], rows[1], rows[2], rows[3]
+    gate, x, is_first = p[0], p[1], False
+    if code == RGLRU:
+        is_first = L[0] < NOTHING_SEEN / 2
+        _, L[0] = log_sum_step(L[0], 0.0)
+    if code & AAREN:
+        size = len(x) // len(L)
+        for e in range(len(L)):
+            odds, L[e] = log_sum_step(L[e], np.float64(gate[e]))
+            for d in range(e * size, (e + 1) * size):
+                wide[d] = odds
+        gate = wide
+    for d in range(len(x)):
+        share[d], turn, inflow[d], _, _ = gates(code, gate[d], x[d], p[2][d], q[0][d], is_first)
+        if code == SIGNED:
+            sign[d] = turn
+    for d in range(len(x)):
+        turned = sign[d] * carry[d] if code == SIGNED else carry[d]
+        carry[d] = both(np.float64(share[d]))[0] * turned + inflow[d]
+        states[d] = np.float32(carry[d])
+
+
+@numba.njit(inline="always")
+def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows):
+    """The gradients of a token's projections, and `carries` on their way to the token before, whose state is `before`.
+
+    d_after: the gradient of the state after the token.
+    """
+    (h, L), (upstream, d_L), (carry, L_carry) = before, d_after, carries
+    share, sign, total, spared0, spared1, wide = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    gate, x, z, d_gate = p[0], p[1], p[2], d_p[0]
+    is_first, size = code == RGLRU and L[0] < NOTHING_SEEN / 2, len(x) // max(len(L), 1)
+    if code & AAREN:
+        for e in range(len(L)):
+            for d in range(e * size, (e + 1) * size):
+                wide[d] = gate[e] - L[e]
+        gate, d_gate = wide, rows[6]
+    for d in range(len(x)):
+        share[d], turn, _, spared0[d], spared1[d] = gates(code, gate[d], x[d], z[d], q[0][d], is_first)
+        if code == SIGNED:
+            sign[d] = turn
+    for d in range(len(x)):
         d_state = carry[d] + upstream[d]
         total[d] = np.float32(d_state)
-        carry[d] = both(np.float64(share[d]))[0] * (sign[d] * d_state)
-    for d in range(width):
-        d0[d], d1[d], d2[d], to_q[d] = pull_back(
-            code, p0[d], p1[d], p2[d], q[d], is_first, share[d], spared0[d], spared1[d], previous[d], total[d]
+        carry[d] = both(np.float64(share[d]))[0] * (sign[d] * d_state if code == SIGNED else d_state)
+    for d in range(len(x)):
+        d_gate[d], d_p[1][d], third, to_q = pull_back(
+            code, gate[d], x[d], z[d], q[0][d], is_first, share[d], spared0[d], spared1[d], h[d], total[d]
         )
+        if columns == 3:
+            d_p[2][d] = third
+        if code & (RGLRU | HGRN):
+            wide[d] = to_q
     if code & (RGLRU | HGRN):
-        for d in range(width):
-            d_q[d] += to_q[d]
+        for d in range(len(x)):
+            d_q[0][d] += wide[d]
+    if code == RGLRU:
+        L_carry[0] = both(np.float64(smaller(*sigmoids(L[0]))))[0] * (L_carry[0] + d_L[0])
+    if code & AAREN:
+        for e in range(len(L)):
+            d_odds, (a, not_a) = row_sum(d_gate, e * size, (e + 1) * size), both(np.float64(share[e * size]))
+            d_log_sum = L_carry[e] + d_L[e]
+            d_p[0][e], L_carry[e] = d_odds + not_a * d_log_sum, a * d_log_sum - d_odds
+
+
+@numba.njit(forceinline=True, fastmath=True)
+def row_sum(row, start, stop):
+    total = np.float32(0.0)
+    for d in range(start, stop):
+        total += row[d]
+    return total
+
+
+# RWKV-4, of which each channel has a log-sum of its own, in fewer loops.
+
+
+@numba.njit(inline="always")
+def rwkv_forward_row(p, q, carry, L, out, states, log_sums, rows, larger):
+    (k, v, r), (w, bonus) = p, q
+    odds, out_odds, before, share, inflow, less = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    for d in range(len(k)):
+        kept = L[d] - w[d]
+        odds[d], larger[d] = np.float32(k[d] - kept), max(kept, np.float64(k[d]))
+        out_odds[d], before[d] = np.float32(k[d] - L[d]) + bonus[d], np.float32(carry[d])
+    for d in range(len(k)):
+        share[d], _, inflow[d], _, _ = mingru_gates(odds[d], v[d], True)
+        less[d] = log1p_exp(-abs(odds[d]))
+        out[d] = sigmoids(r[d])[0] * (before[d] + sigmoids(out_odds[d])[0] * (v[d] - before[d]))
+    for d in range(len(k)):
+        carry[d] = both(np.float64(share[d]))[0] * carry[d] + inflow[d]
+        L[d] = larger[d] + less[d]
+        states[d], log_sums[d] = np.float32(carry[d]), np.float32(L[d])
+
+
+@numba.njit(inline="always")
+def rwkv_backward_row(p, q, before, d_out, d_after, carries, d_p, d_q, rows):
+    """As `backward_row`."""
+    (k, v, r), (h, L), (upstream, d_L), (carry, L_carry) = p, before, d_after, carries
+    share, to_h, to_L, to_v, d_r = rows[0], rows[1], rows[2], rows[3], d_p[2]
+    for d in range(len(k)):
+        odds, change = k[d] - L[d], v[d] - h[d]
+        share[d], _, _, _, _ = mingru_gates(odds + q[0][d], v[d], True)
+        (s, rest), (open_, shut) = sigmoids(odds + q[1][d]), sigmoids(r[d])
+        read = d_out[d] * open_
+        d_r[d] = read * shut * (h[d] + s * change)
+        to_h[d], to_v[d], to_L[d] = read * rest, read * s, -read * change * s * rest
+    for d in range(len(k)):
+        d_state, d_log_sum = carry[d] + upstream[d], L_carry[d] + d_L[d]
+        a, z = both(np.float64(share[d]))
+        d_odds, d_v = mingru_pull_back(np.float64(share[d]), np.float64(v[d]), 1.0, np.float64(h[d]), d_state)
+        d_kept = a * d_log_sum - d_odds
+        d_p[0][d], d_p[1][d] = z * d_log_sum + d_odds - to_L[d], d_v + to_v[d]
+        carry[d], L_carry[d] = a * d_state + to_h[d], d_kept + to_L[d]
+        d_q[0][d] -= d_kept
+        d_q[1][d] -= to_L[d]
 
 
 PREFETCHED_AHEAD = 2**14  # bytes of `projected`
 
 INPUTS = (
-    voidptr, int64, int64, int64, int64,  # projected, stride_b, stride_t, T, D
+    voidptr, int64, int64, int64, int64, int64,  # projected, stride_b, stride_t, T, D, E
     voidptr, voidptr, voidptr,  # initial_state, reset_state, q
-    voidptr, int64, voidptr, int64, voidptr, int64,  # reset, padding and first tokens with lengths; 0 for none
+    voidptr, int64, voidptr, int64,  # reset and padding tokens, each with whether there are any
+    voidptr, int64, voidptr, int64,  # states and log_sums, each with how many numbers from one token to the next
 )  # fmt: skip
 
 
@@ -343,38 +520,41 @@ def forward_kernel_of(code: int, columns: int):
 
     @compile_kernel(*INPUTS, voidptr, voidptr)
     def forward_kernel(
-        projected, stride_b, stride_t, T, D, initial_state, reset_state, q, reset_mask, resets, padding_mask, paddings,
-        firsts, has_firsts, states, final_state, b_start, b_stop, d_start, d_stop,
+        projected, stride_b, stride_t, T, D, E, initial_state, reset_state, q, reset_mask, resets, padding_mask,
+        paddings, states, H, log_sums, R, outputs, final_state, b_start, b_stop, d_start, d_stop,
     ):  # fmt: skip
         projected, initial_state, reset_state = floats(projected), floats(initial_state), floats(reset_state)
-        states, final_state, q = floats(states), floats(final_state), floats(q)[d_start:d_stop]
-        reset_mask, padding_mask, firsts = flags(reset_mask), flags(padding_mask), flags(firsts)
-        width = d_stop - d_start
-        rows = np.empty((3, width), np.float32)
-        share, sign, inflow = rows[0], rows[1], rows[2]
-        carry = np.empty(width, np.float64)
+        states, log_sums, outputs, final_state = floats(states), floats(log_sums), floats(outputs), floats(final_state)
+        reset_mask, padding_mask, q = flags(reset_mask), flags(padding_mask), floats(q)
+        place = d_start, d_stop, d_start * E // D, (d_stop * E + D - 1) // D
+        q = state_at(q, 0, q, D, (d_start, d_stop, d_start, d_stop))
+        width, n = d_stop - d_start, place[3] - place[2]
+        scratch, wide_scratch = allocate(4 * 6 * width), allocate(8 * 3 * width)
+        rows, wide = numba.carray(scratch, (6, width), np.float32), numba.carray(wide_scratch, (3, width), np.float64)
+        carry, L, larger = wide[0], wide[1][:n], wide[2]
         for b in range(b_start, b_stop):
-            for d in range(width):
-                carry[d] = initial_state[b * D + d_start + d]
+            copy((carry, L), state_at(initial_state, b * (D + E), initial_state, b * (D + E) + D, place))
             for t in range(T):
                 row = b * T + t
-                out = states[row * D + d_start : row * D + d_stop]
+                after = state_at(states, row * H, log_sums, row * R, place)
+                out = outputs[row * D + d_start : row * D + d_stop]
                 if resets and reset_mask[row]:
-                    for d in range(width):
-                        carry[d] = reset_state[d_start + d]
+                    copy((carry, L), state_at(reset_state, 0, reset_state, D, place))
                 if paddings and padding_mask[row]:
-                    for d in range(width):
-                        out[d] = np.float32(carry[d])
+                    copy(after, (carry, L))
+                    out[:] = after[0]
                     continue
-                p0, p1, p2 = blocks_at(projected, b * stride_b + t * stride_t + d_start, D, width, columns)
-                is_first = has_firsts > 0 and firsts[row] != 0
-                for d in range(width):
-                    share[d], sign[d], inflow[d], _, _ = gates(code, p0[d], p1[d], p2[d], q[d], is_first)
-                for d in range(width):
-                    carry[d] = both(np.float64(share[d]))[0] * (sign[d] * carry[d]) + inflow[d]
-                    out[d] = np.float32(carry[d])
-            for d in range(width):
-                final_state[b * D + d_start + d] = np.float32(carry[d])
+                p = blocks_at(code, projected, b * stride_b + t * stride_t, D, E, columns, place)
+                if code & RWKV:
+                    rwkv_forward_row(p, q, carry, L, out, after[0], after[1], rows, larger)
+                else:
+                    forward_row(code, p, q, carry, L, after[0], rows)
+                    if code & LOG_SUMS:
+                        for e in range(n):
+                            after[1][e] = L[e]
+            copy(state_at(final_state, b * (D + E), final_state, b * (D + E) + D, place), (carry, L))
+        release(scratch)
+        release(wide_scratch)
 
     return forward_kernel
 
@@ -383,79 +563,68 @@ def forward_kernel_of(code: int, columns: int):
 def backward_kernel_of(code: int, columns: int):
     """As `forward_kernel_of`."""
 
-    @compile_kernel(*INPUTS, voidptr, voidptr, int64, int64, voidptr, voidptr, voidptr, voidptr, voidptr)
+    @compile_kernel(
+        *INPUTS, voidptr, int64, int64, voidptr, int64, int64, voidptr, int64, int64,
+        voidptr, voidptr, int64, voidptr, voidptr, voidptr,
+    )  # fmt: skip
     def backward_kernel(
-        projected, stride_b, stride_t, T, D, initial_state, reset_state, q, reset_mask, resets, padding_mask, paddings,
-        firsts, has_firsts, states, d_states, d_stride_b, d_stride_t, d_final_state,
-        d_projected, d_initial_state, d_reset_state, d_q, b_start, b_stop, d_start, d_stop,
+        projected, stride_b, stride_t, T, D, E, initial_state, reset_state, q, reset_mask, resets, padding_mask,
+        paddings, states, H, log_sums, R, d_outputs, out_b, out_t, d_states, h_b, h_t, d_log_sums, L_b, L_t,
+        d_final_state, d_projected, d_stride, d_initial_state, d_reset_state, d_q, b_start, b_stop, d_start, d_stop,
     ):  # fmt: skip
         projected, initial_state, reset_state = floats(projected), floats(initial_state), floats(reset_state)
-        states, d_states, d_final_state = floats(states), floats(d_states), floats(d_final_state)
-        d_projected, d_initial_state, q = floats(d_projected), floats(d_initial_state), floats(q)[d_start:d_stop]
-        d_reset_state, d_q = doubles(d_reset_state), doubles(d_q)
-        reset_mask, padding_mask, firsts = flags(reset_mask), flags(padding_mask), flags(firsts)
-        width = d_stop - d_start
-        rows = np.empty((7, width), np.float32)
-        carry = np.empty(width, np.float64)  # gradient of the state that the token on the right received
+        states, log_sums, d_outputs, d_states = floats(states), floats(log_sums), floats(d_outputs), floats(d_states)
+        d_log_sums, d_final_state, d_projected = floats(d_log_sums), floats(d_final_state), floats(d_projected)
+        d_initial_state, d_reset_state, d_q = floats(d_initial_state), doubles(d_reset_state), doubles(d_q)
+        reset_mask, padding_mask, q = flags(reset_mask), flags(padding_mask), floats(q)
+        place = d_start, d_stop, d_start * E // D, (d_stop * E + D - 1) // D
+        channels = d_start, d_stop, d_start, d_stop
+        q, S = state_at(q, 0, q, D, channels), D + E
+        width, n = d_stop - d_start, place[3] - place[2]
+        ahead = max(1, PREFETCHED_AHEAD // (4 * columns * D))
+        scratch, wide_scratch = allocate(4 * 7 * width), allocate(8 * 4 * width)
+        rows, wide = numba.carray(scratch, (7, width), np.float32), numba.carray(wide_scratch, (4, width), np.float64)
+        # Gradients of the state that the token on the right received, and of what resets return to.
+        carry, to_reset = (wide[0], wide[1][:n]), (wide[2], wide[3][:n])
         for b in range(b_start, b_stop):
-            for d in range(width):
-                carry[d] = d_final_state[b * D + d_start + d]
+            copy(carry, state_at(d_final_state, b * S, d_final_state, b * S + D, place))
+            to_reset[0][:] = 0.0
+            to_reset[1][:] = 0.0
             for t in range(T - 1, -1, -1):
                 row = b * T + t
-                start, up = b * stride_b + t * stride_t + d_start, b * d_stride_b + t * d_stride_t + d_start
-                upstream = d_states[up : up + width]
-                d0, d1, d2 = blocks_at(d_projected, row * columns * D + d_start, D, width, columns)
-                if columns == 2:
-                    d2 = rows[6]
-                fetch_ahead(
-                    projected, d_projected, states, d_states, start, row, up, stride_t, d_stride_t, D, width, columns
-                )
+                start, up, up_h = b * stride_b + t * stride_t, b * out_b + t * out_t, b * h_b + t * h_t
+                p = blocks_at(code, projected, start, D, E, columns, place)
+                d_p = blocks_at(code, d_projected, row * d_stride, D, E, columns, place)
+                before = state_at(states, (row - 1) * H, log_sums, (row - 1) * R, place)
+                d_after = state_at(d_states, up_h, d_log_sums, b * L_b + t * L_t, place)
+                d_out = d_outputs[up + d_start : up + d_stop]
+                fetch_ahead(code, columns, p, d_p, before, d_out, ahead, stride_t, d_stride, H, R, out_t)
                 if paddings and padding_mask[row]:
-                    for d in range(width):
-                        carry[d] += upstream[d]
-                        d0[d] = d1[d] = d2[d] = np.float32(0.0)
+                    add(carry, d_after)
+                    if code & RWKV:
+                        carry[0][:] += d_out
+                    for block in d_p:
+                        block[:] = np.float32(0.0)
                 else:
-                    p0, p1, p2 = blocks_at(projected, start, D, width, columns)
-                    is_first = has_firsts > 0 and firsts[row] != 0
-                    previous = states[(row - 1) * D + d_start : (row - 1) * D + d_stop]
                     if resets and reset_mask[row]:
-                        previous = reset_state[d_start:d_stop]
+                        before = state_at(reset_state, 0, reset_state, D, place)
                     elif t == 0:
-                        previous = initial_state[b * D + d_start : b * D + d_stop]
-                    d_q_row = d_q[b * D + d_start : b * D + d_stop]
-                    backward_row(code, p0, p1, p2, q, is_first, previous, upstream, carry, d0, d1, d2, d_q_row, rows)
+                        before = state_at(initial_state, b * S, initial_state, b * S + D, place)
+                    d_q_row = state_at(d_q, 2 * b * D, d_q, 2 * b * D + D, channels)
+                    if code & RWKV:
+                        rwkv_backward_row(p, q, before, d_out, d_after, carry, d_p, d_q_row, rows)
+                    else:
+                        backward_row(code, columns, p, q, before, d_after, carry, d_p, d_q_row, rows)
                 if resets and reset_mask[row]:
-                    for d in range(width):
-                        d_reset_state[b * D + d_start + d] += carry[d]
-                        carry[d] = 0.0
-            for d in range(width):
-                d_initial_state[b * D + d_start + d] = np.float32(carry[d])
+                    add(to_reset, carry)
+                    carry[0][:] = 0.0
+                    carry[1][:] = 0.0
+            copy(state_at(d_initial_state, b * S, d_initial_state, b * S + D, place), carry)
+            copy(state_at(d_reset_state, b * S, d_reset_state, b * S + D, place), to_reset)
+        release(scratch)
+        release(wide_scratch)
 
     return backward_kernel
-
-
-@compile_kernel(voidptr, voidptr, voidptr, int64, int64)
-def log_sum_kernel(log_decay, score, carry, T, D, b_start, b_stop, d_start, d_stop):
-    """score (T, D) becomes L; all in float64, but for what exp and log are taken of, which float32 can hold."""
-    log_decay, score, carry = doubles(log_decay), doubles(score), doubles(carry)[d_start:d_stop]
-    larger, less = np.empty(d_stop - d_start, np.float64), np.empty(d_stop - d_start, np.float32)
-    for t in range(T):
-        decay, out = log_decay[t * D + d_start : t * D + d_stop], score[t * D + d_start : t * D + d_stop]
-        for d in range(d_stop - d_start):
-            kept = carry[d] + decay[d]
-            larger[d] = max(kept, out[d])
-            less[d] = np.float32(min(kept, out[d]) - larger[d])
-        for d in range(d_stop - d_start):
-            e = exp_nonpositive(less[d])
-            s = e / (np.float32(2.0) + e)  # log(1 + e) = 2 atanh(s), s <= 1/3
-            q = s * s
-            p = np.float32(1 / 13) + q * np.float32(1 / 15)
-            p = np.float32(1 / 9) + q * (np.float32(1 / 11) + q * p)
-            p = np.float32(1 / 5) + q * (np.float32(1 / 7) + q * p)
-            less[d] = np.float32(2.0) * s * (np.float32(1.0) + q * (np.float32(1 / 3) + q * p))
-        for d in range(d_stop - d_start):
-            carry[d] = larger[d] + less[d]
-            out[d] = carry[d]
 
 
 @compile_kernel(voidptr, int64, voidptr, voidptr, int64, int64, int64)
@@ -483,8 +652,11 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_drop_pool)
 
 
-def run(kernel, arguments, B, D):
-    """Call kernel(*arguments, b_start, b_stop, d_start, d_stop) over all rows and columns, on torch's thread count."""
+def run(kernel, arguments, B, D, unit=16):
+    """Call kernel(*arguments, b_start, b_stop, d_start, d_stop) over all rows and columns, on torch's thread count.
+
+    unit: columns that stay together; by default a cache line.
+    """
     global _pool
 
     def call(part):  # holds the tensors of `arguments` for as long as the kernel has their addresses
@@ -495,8 +667,7 @@ def run(kernel, arguments, B, D):
         bounds = [B * i // threads for i in range(threads + 1)]
         parts = [(start, stop, 0, D) for start, stop in zip(bounds, bounds[1:])]
     else:
-        blocks = -(-D // 16)  # whole cache lines
-        bounds = [min(D, 16 * (blocks * i // threads)) for i in range(threads + 1)]
+        bounds = [min(D, unit * (-(-D // unit) * i // threads)) for i in range(threads + 1)]
         parts = [(0, B, start, stop) for start, stop in zip(bounds, bounds[1:]) if start < stop]
     if len(parts) == 1:
         return call(parts[0])
@@ -538,66 +709,69 @@ def output(tensor):
 
 
 def _derived(cell, parameters):
-    """q (D,) of the kernels, from the parameters of a cell."""
-    return Derived(8 * softplus(parameters[0]) if cell.name == "rglru" else torch.sigmoid(parameters[0]))
+    """q (1 or 2, D) of the kernels, from the parameters of a cell."""
+    first, *others = parameters
+    of_first = {"rglru": lambda x: 8 * softplus(x), "hgrn": torch.sigmoid, "rwkv4": torch.exp}
+    return torch.stack([of_first[cell.name](first), *others])
 
 
-class Derived(NamedTuple):
-    q: torch.Tensor
-
-
-def _inputs(rows, inputs: ScanInputs, q, log_sums):
-    D, T = inputs.D, inputs.projected.shape[1]
-    firsts = None if log_sums is None else (log_sums[rows, :, 0] < NOTHING_SEEN / 2).contiguous()
-    masks = [None if x is None else x[rows].contiguous() for x in (inputs.reset_mask, inputs.padding_mask)]
-    sizes = [(mask, 0 if mask is None else mask.numel()) for mask in (*masks, firsts)]
-    states = dense(inputs.initial_state[rows, :D]), dense(inputs.reset_state[:D]), q
-    return *strided(inputs.projected[rows]), T, D, *states, *sizes[0], *sizes[1], *sizes[2]
-
-
-def _kernel_and_q(inputs: ScanInputs):
-    columns = len(inputs.cell.blocks(inputs.D))
-    q, pull_back_q = torch.empty(inputs.D), None
+def _kernel_and_q(inputs: ScanInputs, kernel_of):
+    """What runs a kernel on arguments of B rows, its q, and the map of the gradient of q to that of the parameters."""
+    D, code = inputs.D, code_of(inputs.cell)
+    E = inputs.cell.log_sums(D)
+    q, pull_back = torch.zeros(1, D, dtype=torch.float32), lambda d_q: [torch.zeros_like(inputs.parameters)]
     if len(inputs.parameters):
-        (q,), pull_back_q = derivative(functools.partial(_derived, inputs.cell), inputs.parameters)
-    return (CODES[inputs.cell.spec], columns), dense(q), pull_back_q
+        q, pull_back = derivative(functools.partial(_derived, inputs.cell), inputs.parameters)
+    unit = math.lcm(16, D // E) if code & AAREN else 16  # heads stay whole
+    kernel = kernel_of(code, len(inputs.cell.blocks(D)))
+    return lambda arguments, B: run(kernel, arguments, B, D, unit), dense(q), pull_back
 
 
-def forward(inputs: ScanInputs, log_sums):
-    """h (B, T, D) and the last of it (B, D), for a cell of CODES; log_sums: (B, T, E), before each token, or None."""
+def _arguments(rows, inputs: ScanInputs, q, outputs, rest):
+    """INPUTS, for some rows of the batch: outputs and rest are those of these rows."""
+    D, T = inputs.D, inputs.projected.shape[1]
+    masks = [None if x is None else x[rows].contiguous() for x in (inputs.reset_mask, inputs.padding_mask)]
+    sizes = [0 if mask is None else 1 for mask in masks]
+    R, S = rest.shape[-1], len(inputs.reset_state)
+    h, L = inputs.cell.states_of(outputs, rest)
+    return (
+        *strided(inputs.projected[rows]), T, D, S - D, dense(inputs.initial_state[rows]), dense(inputs.reset_state), q,
+        masks[0], sizes[0], masks[1], sizes[1], h, R if inputs.cell.reads_out else D, L, R,
+    )  # fmt: skip
+
+
+def forward(inputs: ScanInputs):
+    """As `scan_blocks.forward`, for a cell of CODES."""
     B, T, _ = inputs.projected.shape
-    states = torch.empty(B, T, inputs.D, dtype=inputs.projected.dtype)
-    final_state = torch.empty(B, inputs.D, dtype=torch.float32)
-    which, q, _ = _kernel_and_q(inputs)
+    outputs, rest, final_state = empty_outputs(inputs)
+    call, q, _ = _kernel_and_q(inputs, forward_kernel_of)
     for rows in row_groups(inputs.projected):
-        part = states[rows]
+        part = outputs[rows]
         written = output(part)
-        run(
-            forward_kernel_of(*which),
-            (*_inputs(rows, inputs, q, log_sums), written, final_state[rows]),
-            len(part),
-            inputs.D,
-        )
+        call((*_arguments(rows, inputs, q, written, rest[rows]), written, final_state[rows]), len(part))
         part.copy_(written)
-    return states, final_state
+    return outputs, rest, final_state
 
 
-def backward(inputs: ScanInputs, log_sums, states, d_states, d_final_state):
-    """Gradients of projected, parameters, and h of initial_state and reset_state, for a cell of CODES."""
-    B, D = d_final_state.shape
+def backward(inputs: ScanInputs, outputs, rest, d_outputs, d_rest, d_final_state):
+    """As `scan_blocks.backward`, for a cell of CODES."""
+    (B, S), D = d_final_state.shape, inputs.D
     d_projected = torch.empty(inputs.projected.shape, dtype=inputs.projected.dtype)
-    d_initial_state = torch.empty(B, D, dtype=torch.float32)
-    d_reset_state, d_q = torch.zeros(2, B, D, dtype=torch.float64)
-    which, q, pull_back_q = _kernel_and_q(inputs)
+    d_initial_state = torch.empty(B, S, dtype=torch.float32)
+    d_reset_state = torch.empty(B, S, dtype=torch.float64)
+    d_q = torch.zeros(B, 2, D, dtype=torch.float64)
+    call, q, pull_back = _kernel_and_q(inputs, backward_kernel_of)
     for rows in row_groups(inputs.projected):
-        upstream = (*strided(d_states[rows]), dense(d_final_state[rows]))
         part = d_projected[rows]
         written = output(part)
-        downstream = (written, d_initial_state[rows], d_reset_state[rows], d_q[rows])
-        arguments = (*_inputs(rows, inputs, q, log_sums), dense(states[rows]), *upstream, *downstream)
-        run(backward_kernel_of(*which), arguments, len(part), D)
+        d_out = strided(d_outputs[rows])
+        d_h, d_L = inputs.cell.states_of(d_out[0], d_rest[rows])
+        upstream = *d_out, *strided(d_h), *strided(d_L), dense(d_final_state[rows])
+        downstream = written, written.shape[-1], d_initial_state[rows], d_reset_state[rows], d_q[rows]
+        given = _arguments(rows, inputs, q, dense(outputs[rows]), rest[rows].contiguous())
+        call((*given, *upstream, *downstream), len(part))
         part.copy_(written)
-    d_parameters = torch.zeros_like(inputs.parameters) if pull_back_q is None else pull_back_q(d_q.sum(0))[0]
+    (d_parameters,) = pull_back(d_q.sum(0)[: len(q)])
     return d_projected, d_parameters, d_initial_state, d_reset_state.sum(0).to(torch.float32)
 
 
@@ -612,10 +786,3 @@ def solve(share, inflow, carry, reverse=False):
     states, carry = inflow.contiguous(), carry.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
     run(solve_kernel, (share, stride, states, carry, T, D, reverse), 1, D)
     return states, carry
-
-
-def log_sum(log_decay, score, carry):
-    """`scan_torch.log_sum`."""
-    T, carry = len(score), carry.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-    run(log_sum_kernel, (log_decay, score, carry, T, carry.numel()), 1, carry.numel())
-    return score

@@ -463,17 +463,17 @@ FUSED = frozenset(CELLS)
 CELLS["linear"] = GIVEN.value | LINEAR.value  # what `solve` is given
 
 
-def forward(inputs: ScanInputs, log_sums=None, batch_invariant=False):
-    """h (B, T, D) and the last of it (B, D), for a cell of CELLS."""
+def forward(inputs: ScanInputs, batch_invariant=False):
+    """As `scan_blocks.forward`, for a cell of FUSED; "linear" has what `solve` is given."""
     layout = _layout(FORWARD_TILES, inputs, batch_invariant)
     states = inputs.projected.new_empty(*inputs.projected.shape[:2], inputs.initial_state.shape[1])
     final_state = torch.empty_like(inputs.initial_state, memory_format=torch.contiguous_format)
     _run(forward_kernel, layout, inputs, states=states, final_state=final_state)
-    return states, final_state
+    return states, final_state.new_empty(*states.shape[:2], 0), final_state
 
 
-def backward(inputs: ScanInputs, log_sums, states, d_states, d_final_state, batch_invariant=False):
-    """Gradients of projected, parameters, initial_state and reset_state, for a cell of FUSED."""
+def backward(inputs: ScanInputs, states, rest, d_states, d_rest, d_final_state, batch_invariant=False):
+    """As `scan_blocks.backward`, for a cell of FUSED."""
     layout = _layout(BACKWARD_TILES, inputs, batch_invariant)
     d_projected = torch.empty_like(inputs.projected, memory_format=torch.contiguous_format)
     d_initial_state = torch.empty_like(inputs.initial_state, memory_format=torch.contiguous_format)
@@ -494,7 +494,7 @@ def solve(share: Tensor, inflow: Tensor, carry: Tensor, reverse: bool = False, b
         given.flip(1) if reverse else given, share, start, start.new_zeros(start.shape[1]), None, None,
         PRIMITIVES["linear"], "triton",
     )  # fmt: skip
-    states, final_state = forward(inputs, batch_invariant=batch_invariant)
+    states, _, final_state = forward(inputs, batch_invariant=batch_invariant)
     return (states.flip(1) if reverse else states).transpose(0, 1), final_state
 
 

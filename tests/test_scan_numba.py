@@ -1,5 +1,6 @@
 """What only the "numba" backend can get wrong: threads, forks, its cache on disk, and that it may be absent."""
 
+import functools
 import hashlib
 import os
 import resource
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import outcome, problem
+from oracle import random_mask
 from small_models import CELLS, GATES
 
 from modeling_minrnn import scan_numba
 from modeling_minrnn.causal_conv import causal_conv
+from modeling_minrnn.cells import RGLRU, RWKV4, Aaren
 from modeling_minrnn.scan import minrnn_scan
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +79,26 @@ def test_the_number_of_threads_changes_no_bit(cell_type, B, D, two_threads):
     on_two = forward_and_backward(cell_type, B, D=D)
     torch.set_num_threads(1)
     assert all_equal(on_two, forward_and_backward(cell_type, B, D=D))
+
+
+# Heads of 40 channels, which are shared out whole; of RG-LRU all channels read the same log-sum.
+@pytest.mark.parametrize("cell", [Aaren(num_heads=3), RWKV4(), RGLRU()], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("B", [1, 3])
+def test_the_number_of_threads_changes_no_bit_of_a_cell_with_log_sums(cell, B, two_threads):
+    masks = {
+        "reset_mask": random_mask(B, 50, seed=0, share=0.1),
+        "padding_mask": random_mask(B, 50, seed=1, share=0.1),
+    }
+
+    def by_numba():
+        return outcome(
+            functools.partial(minrnn_scan, cell_type=cell, backend="numba"), **problem(cell, B, 50, 60), **masks
+        )
+
+    on_two = by_numba()
+    torch.set_num_threads(1)
+    on_one = by_numba()
+    assert all(torch.equal(on_two[name], on_one[name]) for name in on_one)
 
 
 @every_cell
