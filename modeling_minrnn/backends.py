@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_mode
 
 BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant", "log")
 
@@ -15,6 +16,11 @@ COMPILED = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "triton_batch_invarian
 
 # Custom code from the Hub is a package of its own: its operators must not take the names of the installed ones.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work: of these the derivative of a custom operator knows nothing."""
+    return torch._C._are_functorch_transforms_active() or forward_mode._current_level >= 0
 
 
 class Kernels(NamedTuple):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import BACKENDS, COMPILED, resolve_backend
-from .cells import PRIMITIVES, Cell, Convex, Linear, cell_of, softplus
+from .cells import PRIMITIVES, Cell, advance, advance_log_sum, cell_of
 from .context_parallel import context_parallel_scan
 from .dense_recurrence import dense_step
 from .operators import ScanInputs, scan
@@ -62,8 +62,8 @@ def minrnn_scan(
         outputs (B, T, D), h or what the cell reads out, in the dtype of `projected`; final_state (B, S), the state
         after the last token, in float32 (float64 for float64). Gates are computed in float32 or better and the state
         is carried in float64 ("triton": in two float32), so that errors do not grow with T; "loop", and with it a
-        single step, carries it in float32. Differentiable in projected, parameters, initial_state and reset_state,
-        once ("loop" and "log" as often as wanted).
+        single step, carries it in float32. Differentiable in projected, parameters, initial_state and reset_state, by
+        backward(), by torch.func and in forward mode; backwards once ("loop" and "log" as often as wanted).
 
     Raises:
         ValueError: unknown cell type or backend, shapes or dtypes that do not fit, T == 0.
@@ -102,8 +102,8 @@ def linear_scan(
         reset_mask, padding_mask, reset_state (D,), backend: as in `minrnn_scan`; not "log".
 
     Returns:
-        states (B, T, D) and final_state (B, D) as `minrnn_scan`; complex where inflow is. Differentiable in log_decay,
-        inflow, initial_state and reset_state, once ("loop" as often as wanted).
+        states (B, T, D) and final_state (B, D) as `minrnn_scan`; complex where inflow is. Differentiable as there, in
+        log_decay, inflow, initial_state and reset_state.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an unknown backend, T == 0.
@@ -177,12 +177,8 @@ def scan_states(
         states, log_sums, final_state = scan(inputs)
     outputs = states
     if cell.reads_out:
-        after = torch.cat([states.to(dtype), log_sums], -1)
-        before = torch.cat([initial_state[:, None], after], 1)[:, :-1]
-        if reset_mask is not None:
-            before = torch.where(reset_mask[..., None], reset_state, before)
-        tokens = projected if padding_mask is None else projected.masked_fill(padding_mask[..., None], 0)
-        outputs = cell.read_out(tokens.to(dtype), parameters, before).to(projected.dtype)
+        before = inputs.before(torch.cat([states.to(dtype), log_sums], -1), initial_state, reset_state)
+        outputs = cell.read_out(inputs.tokens(), parameters, before).to(projected.dtype)
         outputs = outputs if padding_mask is None else torch.where(padding_mask[..., None], states, outputs)
     return ScanOutputs(outputs, final_state, states, log_sums)
 
@@ -233,10 +229,7 @@ def _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state
 def step_loop(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence as it is written, one token at a time; differentiated by autograd."""
     cell, D, state, states = inputs.cell, inputs.D, inputs.initial_state, []
-    projected = inputs.projected.to(state.dtype)
-    if inputs.padding_mask is not None:  # whatever is there, its gradient is zero
-        projected = projected.masked_fill(inputs.padding_mask[..., None], 0)
-    for t, step in enumerate(_steps(cell, D, projected, inputs.parameters)):
+    for t, step in enumerate(_steps(cell, D, inputs.tokens(), inputs.parameters)):
         if inputs.reset_mask is not None:
             state = torch.where(inputs.reset_mask[:, t, None], inputs.reset_state, state)
         new = step(state)
@@ -262,26 +255,8 @@ def _steps(cell: Cell, D: int, projected: Tensor, parameters: Tensor) -> Iterato
 
 def _log_sum_step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) -> Tensor:
     h, L = state.tensor_split([D], -1)
-    log_decay, score = cell.log_sum_gates(token, parameters)
     h = advance(cell.gates(token, parameters, L), h)
-    return torch.cat([h, score + softplus(L + log_decay - score)], -1)  # logaddexp has no second derivative at -1e30
-
-
-def advance(terms: Convex | Linear, h: Tensor) -> Tensor:
-    """The h (B, D) after one token."""
-    if isinstance(terms, Convex):
-        # From the nearer end by the smaller share: in float32 a * h + z * c would drift where a rounds to 1.
-        a, z = torch.sigmoid(-terms.log_odds), torch.sigmoid(terms.log_odds)
-        return torch.where(a > z, torch.lerp(h, terms.candidate, z), torch.lerp(terms.candidate, h, a))
-    log_decay = terms.log_decay
-    if terms.sign is not None:
-        h = terms.sign * h
-    if terms.phase is not None:
-        (real, imaginary), cosine, sine = h.chunk(2, -1), terms.phase.cos().to(h.dtype), terms.phase.sin().to(h.dtype)
-        h = torch.cat([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
-        log_decay = torch.cat([log_decay, log_decay], -1)
-    decayed = torch.where(log_decay > -0.5, h + torch.expm1(log_decay) * h, torch.exp(log_decay) * h)
-    return decayed + terms.inflow
+    return torch.cat([h, advance_log_sum(cell.log_sum_gates(token, parameters), L)], -1)
 
 
 def _log_space(inputs: ScanInputs, group) -> tuple[Tensor, Tensor, Tensor]:
