@@ -4,9 +4,11 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_mode
 
 from .cells import Cell
 
@@ -17,6 +19,11 @@ COMPILED = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "triton_batch_invarian
 
 # Custom code from the Hub is a package of its own: its operators must not take the names of the installed ones.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward mode is at work: of these the derivative of a custom operator knows nothing."""
+    return torch._C._are_functorch_transforms_active() or forward_mode._current_level >= 0
 
 
 class Kernels(NamedTuple):
@@ -73,11 +80,13 @@ def resolve_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
 
     Raises ImportError where the one asked for is not installed, ValueError where it does not take such tensors.
     """
+    # While torch.export traces, max, min and pow are its own: numba could neither be loaded nor compile.
+    later = ["numba"] if torch.compiler.is_exporting() and find_spec("numba") else []
     if backend == "auto":
         fits = [name for name, devices in COMPILED.items() if device_type in devices and dtype != torch.float64]
-        return fits[0] if fits and _is_installed(fits[0]) else "torch"
+        return fits[0] if fits and (fits[0] in later or _is_installed(fits[0])) else "torch"
     if backend in COMPILED:
-        devices = kernels(backend, device_type).devices
+        devices = COMPILED[backend] if backend in later else kernels(backend, device_type).devices
         if device_type not in devices or dtype == torch.float64:
             raise ValueError(
                 f"the {backend!r} backend computes in float32 on {' or '.join(devices)}, not in {dtype} on "

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import NAMESPACE, resolve_backend
+from .backends import NAMESPACE, is_transformed, resolve_backend
 
 
 def causal_conv(
@@ -35,7 +35,7 @@ def causal_conv(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {shape} for x {(B, T, H)}, not {tuple(tensor.shape)}")
     numba = backend in ("auto", "numba") and resolve_backend(backend, x.device.type, x.dtype) == "numba"
-    if numba and T > 1:
+    if numba and T > 1 and not is_transformed():
         return _conv(x, weight, window, taps)
     rows = torch.cat([window, x], 1)
     weight = weight.to(x.dtype)
@@ -93,7 +93,10 @@ def _differentiate(ctx, d_y):
 
 
 def _refuse_double_backward(ctx, *_):
-    raise RuntimeError('causal_conv can be differentiated once; for second derivatives use backend="torch"')
+    raise RuntimeError(
+        'causal_conv can be differentiated once; for second derivatives use backend="torch" (in the configuration of '
+        'a model scan_backend="loop")'
+    )
 
 
 _conv.register_autograd(_differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -83,6 +83,24 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.where(x > 0, 1 - small, small)
 
 
+def advance(terms: Convex | Linear, h: Tensor) -> Tensor:
+    """The h (B, D) after one token."""
+    if isinstance(terms, Convex):
+        # From the nearer end by the smaller share: in float32 a * h + z * c would drift where a rounds to 1.
+        a, z = torch.sigmoid(-terms.log_odds), torch.sigmoid(terms.log_odds)
+        return torch.where(a > z, torch.lerp(h, terms.candidate, z), torch.lerp(terms.candidate, h, a))
+    log_decay, h = terms.log_decay, terms.turned(h)
+    if terms.phase is not None:
+        log_decay = torch.cat([log_decay, log_decay], -1)
+    decayed = torch.where(log_decay > -0.5, h + torch.expm1(log_decay) * h, torch.exp(log_decay) * h)
+    return decayed + terms.inflow
+
+
+def advance_log_sum(terms: LogSum, L: Tensor) -> Tensor:
+    """The L after one token."""
+    return terms.score + softplus(L + terms.log_decay - terms.score)  # logaddexp has no second derivative at -1e30
+
+
 def log_uniform_timescales(channels: int, max_timescale: float, device: torch.device) -> Tensor:
     """(channels,) memories 1 / -log(a) of 1..max_timescale tokens (Tallec & Ollivier 2018, arXiv 1804.11188)."""
     return torch.exp(torch.rand(channels, device=device) * math.log(max_timescale))
@@ -473,7 +491,7 @@ class HGRN(Cell):
         forget, x = projected.chunk(2, -1)
         bound, rest = F.logsigmoid(parameters[0]), F.logsigmoid(-parameters[0])  # log l, log(1 - l)
         log_decay = torch.logaddexp(bound, rest + F.logsigmoid(forget))
-        return Convex(rest + F.logsigmoid(-forget) - log_decay, F.silu(x))
+        return Convex(rest + F.logsigmoid(-forget) - log_decay, x * sigmoid(x))
 
     def initial_parameters(self, D, layer, num_layers, max_timescale, device):
         bound = max(layer / num_layers, 1e-3)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
+from .backends import is_transformed
 from .masks import padding_mask_of, reset_mask_of
 from .modeling_minrnn import NO_LOGITS
 
@@ -94,6 +95,8 @@ def _backward(loss: Tensor, ends: list[Tensor], d_ends: list[Tensor | None], dev
 
 
 def _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs) -> None:
+    if is_transformed():
+        raise RuntimeError("for torch.func and forward mode differentiate the loss of the model, which is one graph")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}")
     for name, tensor in (("labels", labels), ("shift_labels", shift_labels)):

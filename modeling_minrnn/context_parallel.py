@@ -16,9 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backends import is_transformed
 from .causal_conv import windows_after
 from .cells import NOTHING_SEEN, complex_product
 from .operators import ScanInputs, scan
+
+BACKWARD_ALONE = (
+    "a sequence over several processes is differentiated by backward(), without create_graph; for torch.func, forward "
+    'mode and second derivatives read it in one process, with backend="loop"'
+)
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -37,8 +43,10 @@ class AllGather(torch.autograd.Function):
         return all_gather(x, group)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_gathered: Tensor):
+        # torch's own once_differentiable lets torch.autograd.grad pass over this part of a second derivative.
+        if torch.is_grad_enabled() or is_transformed():
+            raise RuntimeError(BACKWARD_ALONE)
         d_gathered = d_gathered.contiguous()
         dist.all_reduce(d_gathered, group=ctx.group)
         return d_gathered[ctx.group.rank()], None
@@ -46,6 +54,8 @@ class AllGather(torch.autograd.Function):
 
 def _chain(start: Tensor, own: Tensor, apply: Callable, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """What each rank starts from, and what is left after the last one, when the map of each chunk is apply(own, x)."""
+    if is_transformed():
+        raise RuntimeError(BACKWARD_ALONE)
     values = [start]
     for sent in AllGather.apply(own, group):
         values.append(apply(sent, values[-1]))
@@ -72,13 +82,11 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
     if L.shape[-1]:
         from_nothing = torch.cat([torch.zeros_like(h), torch.full_like(L, NOTHING_SEEN)], -1)
         end = scan(inputs._replace(initial_state=from_nothing))[2][:, D:]
-        log_decay = _total(cell.log_sum_gates(inputs.readable(), inputs.parameters).log_decay, inputs, end)
+        log_decay = _total(cell.log_sum_gates(inputs.tokens(), inputs.parameters).log_decay, inputs, end)
         L, last_L = _chain(L, torch.stack([log_decay, end]), lambda own, x: torch.logaddexp(x + own[0], own[1]), group)
     outputs, rest, end = scan(inputs._replace(initial_state=torch.cat([torch.zeros_like(h), L], -1)))
-    before = torch.cat([L[:, None], cell.states_of(outputs, rest)[1][:, :-1]], 1)
-    if inputs.reset_mask is not None:
-        before = torch.where(inputs.reset_mask[..., None], inputs.reset_state[D:], before)
-    terms = cell.gates(inputs.readable(), inputs.parameters, before)
+    before = inputs.before(cell.states_of(outputs, rest)[1], L, inputs.reset_state[D:])
+    terms = cell.gates(inputs.tokens(), inputs.parameters, before)
     multiply = complex_product if getattr(terms, "phase", None) is not None else torch.mul
     own = torch.stack([_decay(terms, inputs), end[:, :D]])
     h, last_h = _chain(h, own, lambda own, x: multiply(own[0], x) + own[1], group)

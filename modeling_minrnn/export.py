@@ -55,7 +55,6 @@ def export_programs(model: MinRNNForCausalLM) -> dict[str, ExportedProgram]:
     flat = FlatState(model.eval())
     tokens = torch.zeros(2, 3, dtype=torch.long)
     prompt = (tokens, torch.ones_like(tokens))
-    # The first call loads and compiles the kernels, which cannot be traced.
     _, *state = flat(*prompt)
     batch, shape = {0: Dim("batch")}, {0: Dim("batch"), 1: Dim("time", min=2)}
     return {

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backends import is_transformed
+
 
 class Masks(NamedTuple):
     """What each layer must know of the tokens, but their values.
@@ -67,7 +69,8 @@ def conv_taps(kernel_size: int, reset_mask: Tensor | None, padding_mask: Tensor 
 
 def _none_if_empty(mask: Tensor | None) -> Tensor | None:
     """None for a mask that is False everywhere, where the question costs no synchronisation and breaks no graph."""
-    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.any():
+    unknown = torch.compiler.is_compiling() or is_transformed()
+    if mask is None or unknown or mask.device.type != "cpu" or mask.any():
         return mask
     return None
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import BACKENDS, COMPILED, resolve_backend
-from .cells import PRIMITIVES, Cell, Convex, Linear, cell_of, softplus
+from .cells import PRIMITIVES, Cell, advance, advance_log_sum, cell_of
 from .context_parallel import context_parallel_scan
 from .dense_recurrence import dense_step
 from .operators import ScanInputs, scan
@@ -61,8 +61,8 @@ def minrnn_scan(
         outputs (B, T, D), h or what the cell reads out, in the dtype of `projected`; final_state (B, S), the state
         after the last token, in float32 (float64 for float64). Gates are computed in float32 or better and the state
         is carried in float64 ("triton": in two float32), so that errors do not grow with T; "loop", and with it a
-        single step, carries it in float32. Differentiable in projected, parameters, initial_state and reset_state,
-        once ("loop" and "log" as often as wanted).
+        single step, carries it in float32. Differentiable in projected, parameters, initial_state and reset_state, by
+        backward(), by torch.func and in forward mode; backwards once ("loop" and "log" as often as wanted).
 
     Raises:
         ValueError: unknown cell type or backend, shapes or dtypes that do not fit, T == 0.
@@ -101,8 +101,8 @@ def linear_scan(
         reset_mask, padding_mask, reset_state (D,), backend: as in `minrnn_scan`; not "log".
 
     Returns:
-        states (B, T, D) and final_state (B, D) as `minrnn_scan`; complex where inflow is. Differentiable in log_decay,
-        inflow, initial_state and reset_state, once ("loop" as often as wanted).
+        states (B, T, D) and final_state (B, D) as `minrnn_scan`; complex where inflow is. Differentiable as there, in
+        log_decay, inflow, initial_state and reset_state.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, an unknown backend, T == 0.
@@ -220,15 +220,9 @@ def _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state
 
 def step_loop(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """`operators.scan` as it is written, one token at a time; differentiated by autograd."""
-    cell, D, parameters, state, states, outputs = (
-        inputs.cell,
-        inputs.D,
-        inputs.parameters,
-        inputs.initial_state,
-        [],
-        [],
-    )
-    for t, token in enumerate(inputs.readable().unbind(1)):
+    cell, D, parameters = inputs.cell, inputs.D, inputs.parameters
+    state, states, outputs = inputs.initial_state, [], []
+    for t, token in enumerate(inputs.tokens().unbind(1)):
         if inputs.reset_mask is not None:
             state = torch.where(inputs.reset_mask[:, t, None], inputs.reset_state, state)
         new = _step(cell, D, token, parameters, state)
@@ -252,21 +246,7 @@ def _step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) 
     h = advance(cell.gates(token, parameters, L), h)
     if not L.shape[-1]:
         return h
-    log_decay, score = cell.log_sum_gates(token, parameters)
-    return torch.cat([h, score + softplus(L + log_decay - score)], -1)  # logaddexp has no second derivative at -1e30
-
-
-def advance(terms: Convex | Linear, h: Tensor) -> Tensor:
-    """The h (B, D) after one token."""
-    if isinstance(terms, Convex):
-        # From the nearer end by the smaller share: in float32 a * h + z * c would drift where a rounds to 1.
-        a, z = torch.sigmoid(-terms.log_odds), torch.sigmoid(terms.log_odds)
-        return torch.where(a > z, torch.lerp(h, terms.candidate, z), torch.lerp(terms.candidate, h, a))
-    log_decay, h = terms.log_decay, terms.turned(h)
-    if terms.phase is not None:
-        log_decay = torch.cat([log_decay, log_decay], -1)
-    decayed = torch.where(log_decay > -0.5, h + torch.expm1(log_decay) * h, torch.exp(log_decay) * h)
-    return decayed + terms.inflow
+    return torch.cat([h, advance_log_sum(cell.log_sum_gates(token, parameters), L)], -1)
 
 
 def _log_space(inputs: ScanInputs, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +257,7 @@ def _log_space(inputs: ScanInputs, group) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f'the "log" backend is the listing of minGRU and minLSTM, not of {inputs.cell.name!r}; use "torch"'
         )
-    projected = inputs.readable()
+    projected = inputs.tokens()
     odds, x = inputs.cell.gates(projected, inputs.parameters, projected)[0], projected[..., -inputs.D :]
     log_a = (-F.softplus(odds)).cumsum(1)
     log_b = -F.softplus(-odds) + torch.where(x >= 0, (F.relu(x) + 0.5).log(), -F.softplus(-x))

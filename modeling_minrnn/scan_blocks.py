@@ -44,10 +44,15 @@ class ScanInputs(NamedTuple):
     def D(self) -> int:
         return self.cell.state_width(self.projected.shape[-1])
 
-    def readable(self) -> Tensor:
+    def tokens(self) -> Tensor:
         """`projected` in the dtype of the state, zero where padding: whatever is there, its gradient is zero."""
-        projected = self.projected.to(self.initial_state.dtype)
-        return projected if self.padding_mask is None else projected.masked_fill(self.padding_mask[..., None], 0)
+        tokens = self.projected.to(self.initial_state.dtype)
+        return tokens if self.padding_mask is None else tokens.masked_fill(self.padding_mask[..., None], 0)
+
+    def before(self, after: Tensor, start: Tensor, reset_state: Tensor) -> Tensor:
+        """(B, T, N), the state before each token, from the states `after` them and `start` (B, N) before them all."""
+        before = torch.cat([start[:, None], after], 1)[:, :-1]
+        return before if self.reset_mask is None else torch.where(self.reset_mask[..., None], reset_state, before)
 
 
 class Block(NamedTuple):

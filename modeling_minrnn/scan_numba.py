@@ -14,6 +14,7 @@ import functools
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -21,6 +22,7 @@ try:
     import numba
     import numpy as np
     from llvmlite import ir
+    from numba.core.caching import FunctionCache
     from numba.core.cgutils import get_or_insert_function
     from numba.extending import intrinsic
     from numba.types import int64, void, voidptr
@@ -38,17 +40,23 @@ scalar = numba.njit(forceinline=True, **OPTIONS)
 
 def compile_kernel(*argument_types):
     """Compile to a C function of these arguments and (b_start, b_stop, d_start, d_stop), kept on disk between
-    processes where numba finds a folder that it can write.
+    processes where numba finds a folder that it can write. A file there that a crash has damaged is replaced.
 
     Arrays come as addresses: slicing an array that Python owns costs two atomic operations, as much as a short row.
     """
     signature = void(*argument_types, int64, int64, int64, int64)
 
     def compile(function):
+        kept = numba.cfunc(signature, cache=True, **OPTIONS)
         try:
-            return numba.cfunc(signature, cache=True, **OPTIONS)(function).ctypes
+            return kept(function).ctypes
         except (RuntimeError, OSError):  # no folder for the cache, or no room in it
-            return numba.cfunc(signature, **OPTIONS)(function).ctypes
+            pass
+        except Exception:  # pickle's, of any kind
+            with suppress(RuntimeError, OSError):
+                FunctionCache(function).flush()
+                return kept(function).ctypes
+        return numba.cfunc(signature, **OPTIONS)(function).ctypes
 
     return compile
 

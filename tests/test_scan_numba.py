@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import os
-import resource
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +20,6 @@ from modeling_minrnn.cells import RGLRU, RWKV4, Aaren
 from modeling_minrnn.scan import minrnn_scan
 
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "modeling_minrnn"
 
 every_cell = pytest.mark.parametrize("cell_type", CELLS)
 
@@ -156,13 +153,12 @@ def test_the_default_dtype_of_torch_changes_no_bit(cell_type, dtype, default_dty
 # In processes of their own
 
 
-def run(script, folder, prepare=None, **environment):
-    """What a script prints that has this file as `t`, and the package from `folder`."""
+def run(script, **environment):
+    """What a script prints that has this file as `t`."""
     result = subprocess.run(
         [sys.executable, "-c", f"import test_scan_numba as t, torch\n{script}"],
-        cwd=folder,
-        preexec_fn=prepare,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "tests")])} | environment,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])} | environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -181,27 +177,56 @@ def test_kernels_are_compiled_once_and_kept_on_disk(tmp_path):
     def files():
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
 
-    assert run("print(t.checksum())", ROOT, NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
+    assert run("print(t.checksum())", NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
     compiled = files()
     assert compiled
-    assert run("print(t.checksum())", ROOT, NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
+    assert run("print(t.checksum())", NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
     assert files() == compiled
 
 
-def test_a_machine_with_no_place_for_a_cache_compiles_in_memory(tmp_path):
-    """Also as root, whom no permission stops: every folder that numba would take is a file."""
-    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    a_file = tmp_path / PACKAGE.name / "__pycache__"
-    a_file.touch()
-    nowhere = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(a_file))
-    assert run("print(t.checksum())", tmp_path, **nowhere).strip() == checksum()
+def number_of_rows(address, b_start, b_stop, d_start, d_stop):
+    scan_numba.floats(address)[0] = b_stop - b_start
 
 
-def test_a_disk_without_room_for_the_kernels_compiles_in_memory(tmp_path):
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # Python makes of its signal an OSError
+@pytest.fixture
+def use_kernel(tmp_path, monkeypatch):
+    """Compiles a kernel of a line, calls it, and lists what is then kept of it on disk."""
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
 
-    assert run("print(t.checksum())", ROOT, prepare=fill, NUMBA_CACHE_DIR=str(tmp_path)).strip() == checksum()
+    def use_kernel():
+        result = torch.zeros(1)
+        scan_numba.compile_kernel(scan_numba.voidptr)(number_of_rows)(result.data_ptr(), 2, 5, 0, 1)
+        assert result == 3
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+
+    return use_kernel
+
+
+def no_room(self, path):
+    raise OSError("No space left on device")
+
+
+@pytest.mark.parametrize(
+    "attribute, value", [("CacheImpl._locator_classes", []), ("IndexDataCacheFile._open_for_write", no_room)]
+)
+def test_without_a_place_or_room_for_kernels_they_are_compiled_in_memory(attribute, value, use_kernel, monkeypatch):
+    monkeypatch.setattr(f"numba.core.caching.{attribute}", value)
+    assert use_kernel() == {}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: b"", lambda file: file[: len(file) // 2], lambda file: bytes(len(file))]
+)
+@pytest.mark.parametrize("kind", [".nbi", ".nbc"])
+@pytest.mark.parametrize("has_room", [True, False])
+def test_a_damaged_file_of_the_cache_is_replaced_once_without_a_word(kind, damage, has_room, use_kernel, monkeypatch):
+    """What a crash leaves: an empty file, half of one, or zeros."""
+    (damaged,) = (path for path in use_kernel() if path.suffix == kind)
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    if not has_room:
+        monkeypatch.setattr("numba.core.caching.IndexDataCacheFile._open_for_write", no_room)
+    mended = use_kernel()
+    assert use_kernel() == mended and len(mended) == 2
 
 
 def test_a_system_without_fork_needs_none():
@@ -223,4 +248,4 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 assert all(map(t.all_equal, [t.forward_and_backward(c, B) for c in t.CELLS for B in (1, 3)], expected))
 """
-    run(script, ROOT)
+    run(script)
