@@ -7,39 +7,52 @@ B batch (windows of one process and micro-batch), T time (of the process, where 
 """
 
 import argparse
-import dataclasses
+import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
+from training.config import InputError, RunConfig, TrainConfig, exit_with_one_line, load_config, one_line
+
+if __name__ == "__main__":  # a wrong setting is told before the imports below, which take seconds
+    parser = argparse.ArgumentParser(description="Train a minGRU or minLSTM language model.")
+    parser.add_argument("config", help="YAML file with the settings of the run, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
+    command_line = parser.parse_args()
+    with exit_with_one_line():
+        load_config(command_line.config, command_line.overrides)
+
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast, gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from torch import nn
 from torch.distributed.elastic.multiprocessing import errors
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM, sequence_chunked_backward
 from training.allocator import keep_freed_memory
 from training.checkpoint import (
+    CARD_FILE,
+    SETTINGS_FILE,
     TrainingState,
+    changed_settings,
     check_output_dir,
     load_checkpoint,
     open_output_dir,
     same_error,
     save_best_model,
     save_checkpoint,
+    sole_run,
     stop_on_signal,
 )
-from training.config import InputError, RunConfig, TrainConfig, load_config, nearest
 from training.data import (
     IGNORED,
     ParallelStreams,
@@ -47,10 +60,12 @@ from training.data import (
     TokenStream,
     load_documents,
     streamed_windows,
+    token_digests,
     token_stream,
 )
-from training.hub import push_folder
+from training.hub import check_repository, push_folder
 from training.parallel import Share, share_batch
+from training.precision import SLOW_BF16, emulates_bf16
 from training.report import (
     MetricsLog,
     held_out_scores,
@@ -65,6 +80,7 @@ from training.tasks import HeldOutQuestions, load_task
 from training.tokenizers import load_tokenizer
 
 EVALUATION_CHUNK_TOKENS = 4096
+MOST_SKIPPED_STEPS = 10  # in a row, with train.on_nonfinite=skip
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
 EXIT_RESUME = 75  # by SIGTERM; EX_TEMPFAIL of sysexits.h: the same command with train.resume=true goes on
 
@@ -80,20 +96,39 @@ def main(path: str, overrides: list[str]) -> int:
         raise InputError(f"train.trackers: {', '.join(sorted(unknown))} unknown or not installed")
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise InputError("DeepSpeed steps by itself, past the checks and checkpoints of train.py: launch it without")
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    emulated = train.bf16 is True and cpu and emulates_bf16()
+    if emulated:
+        train.bf16 = False
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or each of several CPU processes would start a run of its own
+        cpu=cpu,  # or each of several CPU processes would start a run of its own
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         mixed_precision="bf16" if train.bf16 else "no",
         dynamo_backend="inductor" if train.compile else None,
-        step_scheduler_with_optimizer=False,  # or it would step once per process
         log_with=train.trackers or None,
         project_dir=train.output_dir,
     )
-    checkpoint = check_output_dir(config, accelerator.print)
+    notes = [f"train.bf16=true: {SLOW_BF16} (train.bf16=force: bfloat16 all the same)"] if emulated else []
+    for note in notes:
+        accelerator.print(note)
     share = share_batch(accelerator, train)
+    if config.hub.push:
+        with same_error(f"hub.repository {config.hub.repository}"):
+            if accelerator.is_main_process:
+                check_repository(config.hub)
+    command = shlex.join(["python", "train.py", path, *overrides])
+    with sole_run(Path(train.output_dir), accelerator):
+        return run(config, accelerator, share, command, notes)
+
+
+def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str, notes: list[str]) -> int:
+    """The rest of main, in a folder that no other run writes to."""
+    train = config.train
+    output_dir = Path(train.output_dir)
+    checkpoint = check_output_dir(config, accelerator.print)
 
     # ---- Data
-    tokenizer, batches, held_out = load_data(config, accelerator, share)
+    tokenizer, batches, held_out, digests = load_data(config, accelerator, share)
 
     # ---- Model
     set_seed(train.seed)
@@ -101,33 +136,39 @@ def main(path: str, overrides: list[str]) -> int:
     optimizer = torch.optim.AdamW(
         parameter_groups(model, train.weight_decay), lr=train.learning_rate, betas=train.betas, fused=True
     )
-    scheduler = learning_rate_schedule(optimizer, train)
     # `model` stays the plain model; `training_model` may wrap it for several processes and the compiler.
-    training_model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    training_model, optimizer = accelerator.prepare(model, optimizer)
     set_seed(train.seed, device_specific=True)  # dropout differs between processes
 
     # ---- Loop
     accelerator.wait_for_everyone()  # all have checked the folder before it changes
-    state = TrainingState(model, optimizer, scheduler, batches, context_ranks=share.context_ranks)
+    state = TrainingState(model, optimizer, batches, digests, context_ranks=share.context_ranks)
     if train.carry_state:
         state.caches = [DynamicCache(config=model.config) for _ in range(train.gradient_accumulation_steps)]
     if checkpoint:
         load_checkpoint(accelerator, checkpoint, state)
     progress = state.progress
-    output_dir = Path(train.output_dir)
-    command = shlex.join(["python", "train.py", path, *overrides])
+    if train.steps < progress.step:
+        raise InputError(f"train.steps is {train.steps}: the run in {output_dir} is at step {progress.step}")
+    patience = train.early_stopping_patience or float("inf")
+    changed = changed_settings(checkpoint, config) if checkpoint else {}
+    if progress.step == train.steps or progress.evaluations_since_best >= patience:
+        # Nothing is left to train: what was changed holds for no step.
+        changed, config = {}, replace(load_config(str(checkpoint / SETTINGS_FILE), []), hub=config.hub)
+        config.train.output_dir = train.output_dir
     if accelerator.is_main_process:
         open_output_dir(config)
-        write_start(output_dir, command, accelerator.num_processes, accelerator.device.type, progress.step)
+        write_start(output_dir, command, accelerator, progress.step, changed, notes)
         metrics = MetricsLog(output_dir, progress.step)
     if not checkpoint:
         accelerator.wait_for_everyone()  # what was in the folder is gone
         save_checkpoint(accelerator, output_dir, config, state)  # whatever comes, there is one to go on from
     accelerator.init_trackers(output_dir.name)
     step_tokens = train.batch_size * train.sequence_length
+    all_tokens = progress.tokens + (train.steps - progress.step) * step_tokens
     accelerator.print(
         f"{model.num_parameters():,} parameters on {accelerator.num_processes} x {accelerator.device.type}; "
-        f"{step_tokens:,} tokens a step, {train.steps * step_tokens:,} in {train.steps:,} steps; "
+        f"{step_tokens:,} tokens a step, {all_tokens:,} in {train.steps:,} steps; "
         f"{len(held_out):,} held-out tokens"
     )
 
@@ -137,14 +178,13 @@ def main(path: str, overrides: list[str]) -> int:
             metrics.write({"step": progress.step, **values})
 
     bar = tqdm(
-        total=train.steps * step_tokens,
-        initial=progress.step * step_tokens,
+        total=all_tokens,
+        initial=progress.tokens,
         unit="token",
         unit_scale=True,
         mininterval=1,
         disable=not accelerator.is_main_process,
     )
-    patience = train.early_stopping_patience or float("inf")
     interrupted = False
     with bar, stop_on_signal(accelerator) as signals:
         losses, timer = [], time.perf_counter()
@@ -181,25 +221,35 @@ def main(path: str, overrides: list[str]) -> int:
                         layer.detach()
             loss = accelerator.reduce(torch.stack(batch_losses).mean(), "mean")
             grad_norm = gradient_norm(model)
+            rate = learning_rate(train, progress.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             if (loss + grad_norm).isfinite():
                 nn.utils.clip_grads_with_norm_(model.parameters(), train.grad_clip_norm, grad_norm)
                 optimizer.step()
                 losses.append(loss)
+                progress.skipped_in_a_row = 0
             else:
                 report = write_nonfinite(accelerator, output_dir, state, batch_losses)
                 if train.on_nonfinite == "stop":
                     raise InputError(
-                        f"the loss or a gradient is not finite at step {progress.step + 1}, see {report}: "
-                        "go on from the last checkpoint with a lower train.learning_rate or train.on_nonfinite=skip"
+                        f"the loss or a gradient is not finite at step {progress.step + 1}, see {report}: go on from "
+                        "the last checkpoint with train.resume=true and a lower train.learning_rate or "
+                        "train.on_nonfinite=skip"
                     )
                 progress.skipped_steps += 1
+                progress.skipped_in_a_row += 1
+                if progress.skipped_in_a_row > MOST_SKIPPED_STEPS:
+                    raise InputError(
+                        f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, see "
+                        f"{report}: go on with train.resume=true and a lower train.learning_rate"
+                    )
                 for cache in state.caches:
                     cache.reset()  # what made the loss infinite may be in the state
                 record(skipped_steps=progress.skipped_steps)
             optimizer.zero_grad()
-            learning_rate = scheduler.get_last_lr()[0]
-            scheduler.step()
             progress.step += 1
+            progress.tokens += step_tokens
             bar.update(step_tokens)
 
             if progress.step % train.log_every_steps == 0 and losses:
@@ -207,7 +257,7 @@ def main(path: str, overrides: list[str]) -> int:
                 steps_per_s = len(losses) / (time.perf_counter() - timer)
                 record(
                     loss=loss,
-                    learning_rate=learning_rate,
+                    learning_rate=rate,
                     grad_norm=grad_norm.item(),
                     tokens_per_s=steps_per_s * step_tokens,
                 )
@@ -216,15 +266,16 @@ def main(path: str, overrides: list[str]) -> int:
 
             if progress.step % train.eval_every_steps == 0 or progress.step == train.steps:
                 started = time.perf_counter()
-                scores = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-                complete = whole_model(model)
+                complete, scores = whole_model(model), None
                 if accelerator.is_main_process:
                     end_token = tokenizer.eos_token_id if train.carry_state else None
-                    scores += torch.tensor(evaluate(complete, held_out, end_token=end_token))
-                loss, accuracy = broadcast(scores).tolist()  # the same for all: each decides below whether to go on
+                    scores = evaluate(complete, held_out, end_token=end_token)
+                # The same for all: each decides below whether to go on. As an object: not all devices have float64.
+                ((loss, accuracy),) = broadcast_object_list([scores])
                 progress.evaluations_since_best += 1
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
+                    progress.best_tokens = progress.tokens
                     with same_error(f"{output_dir}: the model cannot be written, the one from before is intact"):
                         if accelerator.is_main_process:
                             save_best_model(output_dir, complete, tokenizer)
@@ -239,17 +290,22 @@ def main(path: str, overrides: list[str]) -> int:
                 del complete  # where processes share the parameters, all of them once more
                 timer += time.perf_counter() - started
 
-            if progress.step % train.save_every_steps == 0:
+            # What made steps not finite may be in the parameters: the checkpoint from before is worth more.
+            if progress.step % train.save_every_steps == 0 and not progress.skipped_in_a_row:
                 save_checkpoint(accelerator, output_dir, config, state)
             interrupted = accelerator.check_trigger()
         save_checkpoint(accelerator, output_dir, config, state)
 
     # ---- Save
+    if not interrupted and not progress.best_step:
+        raise InputError(f"no evaluation had a finite loss, so {output_dir} holds no model: lower train.learning_rate")
     if interrupted:
         accelerator.print(f"stopped at step {progress.step}: the same command with train.resume=true continues it")
     elif accelerator.is_main_process:
         plot_loss_curve(output_dir)
-        write_model_card(output_dir, config, model, progress, command)
+        card = write_model_card(output_dir, config, model, progress)
+        if card.name != CARD_FILE:
+            print(f"{output_dir / CARD_FILE} was edited: it stays as it is, and {card.name} has the new card")
         print(f"{output_dir} holds the model of step {progress.best_step}, held-out loss {progress.best_loss:.4f}")
     exit_code = 0
     if interrupted:
@@ -268,15 +324,16 @@ def main(path: str, overrides: list[str]) -> int:
 
 def load_data(
     config: RunConfig, accelerator: Accelerator, share: Share
-) -> tuple[PreTrainedTokenizerBase, Iterator[torch.Tensor], TokenStream | HeldOutQuestions]:
-    """The tokenizer, the batches of this process, each (2, B, T) of inputs and targets, and what is held out."""
+) -> tuple[PreTrainedTokenizerBase, Iterator[torch.Tensor], TokenStream | HeldOutQuestions, dict[str, str]]:
+    """The tokenizer, the batches of this process, each (2, B, T) of inputs and targets, what is held out, digests."""
     data, train = config.data, config.train
     own_rows = slice(share.data_rank, None, share.data_ranks)
     if data.task:
-        return load_task(config, own_rows)
+        return *load_task(config, own_rows), {}
     with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
         documents, held_out_documents = load_documents(data)
         tokenizer = load_tokenizer(data.tokenizer, (document["text"] for document in documents))
+        model_config(config.model, tokenizer)  # what the two do not agree on is told before all is tokenised
         held_out = token_stream(held_out_documents, tokenizer, data.held_out_tokens)
         if data.streaming:
             batches = streamed_windows(
@@ -288,33 +345,39 @@ def load_data(
                 processes=share.data_ranks,
                 workers=data.workers,
             )
-            return tokenizer, batches, held_out
+            return tokenizer, batches, held_out, token_digests(tokenizer, {"held-out tokens": held_out})
         stream = token_stream(documents, tokenizer)
+    digests = token_digests(tokenizer, {"training tokens": stream, "held-out tokens": held_out})
     shape = train.sequence_length, train.batch_size
     if train.carry_state:
-        return tokenizer, ParallelStreams(stream, *shape, tokenizer.eos_token_id, own_rows), held_out
-    return tokenizer, RandomWindows(stream, *shape, train.seed, own_rows), held_out
+        return tokenizer, ParallelStreams(stream, *shape, tokenizer.eos_token_id, own_rows), held_out, digests
+    return tokenizer, RandomWindows(stream, *shape, train.seed, own_rows), held_out, digests
 
 
-def build_model(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> MinRNNForCausalLM:
-    """A model with the arguments of MinRNNConfig; vocabulary and special tokens are the tokenizer's unless given."""
+def model_config(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> MinRNNConfig:
+    """The configuration with these arguments; vocabulary and special tokens are the tokenizer's unless given."""
     of_tokenizer = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    known = [field.name for field in dataclasses.fields(MinRNNConfig)]
-    for key in arguments:
-        if key not in known:  # transformers would keep it without a word
-            raise InputError(f"unknown key model.{key}; the nearest known one is model.{nearest(key, known)}")
     try:
         config = MinRNNConfig(**of_tokenizer | arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"model: {' '.join(str(error).split())}") from error
+        raise InputError(f"model: {one_line(error)}") from error
     if config.vocab_size < len(tokenizer):
         raise InputError(f"model.vocab_size is {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens")
-    return MinRNNForCausalLM(config)
+    return config
+
+
+def build_model(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> MinRNNForCausalLM:
+    """A model with the arguments of MinRNNConfig, see `model_config`. Raises InputError where it is too large."""
+    config = model_config(arguments, tokenizer)
+    try:
+        return MinRNNForCausalLM(config)
+    except (RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
+        raise InputError(f"model: it is too large to make: {one_line(error)[:100]}") from error
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -335,13 +398,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def learning_rate_schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> LRScheduler:
-    if train.schedule == "cosine":
-        name, arguments = "cosine_with_min_lr", {"min_lr_rate": train.min_learning_rate_ratio}
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Of the step after so many, 0 <= step < train.steps.
+
+    Linear up to train.warmup_steps, constant with "wsd", then along a cosine to the minimum after the last step. As
+    in transformers, "cosine" warms up from 0 and "wsd" from the minimum.
+    """
+    wsd, lowest = train.schedule == "wsd", train.min_learning_rate_ratio
+    if step < train.warmup_steps:
+        share, lowest = step / train.warmup_steps, lowest if wsd else 0.0
     else:
-        name = "warmup_stable_decay"
-        arguments = {"num_decay_steps": train.decay_steps, "min_lr_ratio": train.min_learning_rate_ratio}
-    return get_scheduler(name, optimizer, train.warmup_steps, train.steps, arguments)
+        start = train.steps - train.decay_steps if wsd else train.warmup_steps
+        share = 0.5 * (1 + math.cos(math.pi * max(0, step - start) / (train.steps - start)))
+    return train.learning_rate * (lowest + (1 - lowest) * share)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
@@ -391,14 +460,6 @@ def sample(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a minGRU or minLSTM language model.")
-    parser.add_argument("config", help="YAML file with the settings of the run, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
-    arguments = parser.parse_args()
-    try:
-        sys.exit(
-            errors.record(main)(arguments.config, arguments.overrides)
-        )  # a failure is told to torchrun, which shows it
-    except (InputError, OSError) as error:  # OSError: a disk that is full or read-only, in its own words
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with exit_with_one_line():
+        # A failure is told to torchrun, which shows it.
+        sys.exit(errors.record(main)(command_line.config, command_line.overrides))

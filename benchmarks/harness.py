@@ -34,6 +34,7 @@ sys.path.append(str(HERE.parent))  # for training/, where a benchmark is started
 import torch  # noqa: E402
 
 from training.allocator import keep_freed_memory  # noqa: E402
+from training.precision import emulates_bf16  # noqa: E402
 
 torch.set_num_threads(THREADS)
 keep_freed_memory()  # for all contenders, as train.py does
@@ -245,6 +246,7 @@ def _environment() -> dict[str, object]:
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "command": shlex.join([*malloc, "python", *program, *sys.argv[1:]]),  # glibc's settings change times
         "threads": THREADS,
+        "bf16": not emulates_bf16(),  # of the CPU
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)},

@@ -20,6 +20,7 @@ from .backends import is_transformed
 from .causal_conv import windows_after
 from .cells import NOTHING_SEEN, complex_product
 from .operators import ScanInputs, scan
+from .scan_blocks import carry_dtype
 
 BACKWARD_ALONE = (
     "a sequence over several processes is differentiated by backward(), without create_graph; for torch.func, forward "
@@ -96,7 +97,7 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
 
 def _total(x: Tensor, inputs: ScanInputs, like: Tensor, after_reset: float = -math.inf) -> Tensor:
     """The sum (B, N) of x over the chunk, like (B, N), without padding; `after_reset` where there is a reset."""
-    x = x.expand(*inputs.projected.shape[:2], like.shape[-1]).double()
+    x = x.expand(*inputs.projected.shape[:2], like.shape[-1]).to(carry_dtype(like.device))
     if inputs.padding_mask is not None:
         x = x.masked_fill(inputs.padding_mask[..., None], 0)
     total = x.sum(1)
@@ -111,7 +112,7 @@ def _decay(terms, inputs: ScanInputs) -> Tensor:
     like = inputs.initial_state[:, : inputs.D // 2 if turned else inputs.D]
     decay = _total(terms.log_decay, inputs, like).exp()
     if turned:
-        angle = _total(terms.phase, inputs, like.double(), 0)
+        angle = _total(terms.phase, inputs, like.to(carry_dtype(like.device)), 0)
         return torch.cat([decay * angle.cos(), decay * angle.sin()], -1).to(like.dtype)
     if getattr(terms, "sign", None) is not None:
         negative = _total((terms.sign < 0).to(like.dtype), inputs, like, 0)

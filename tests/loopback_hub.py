@@ -84,6 +84,16 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- Upload
 
+    def whoami(self, body):
+        if not self.has_token:
+            return self.refuse(401, "", "Invalid username or password.")
+        self.answer(200, {"name": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def repository(self, body, name):
+        if name not in self.server.repositories:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
+        self.answer(200, {"id": name, "siblings": []})
+
     def create(self, body):
         if not self.has_token:
             return self.refuse(401, "", "Invalid username or password.")
@@ -158,6 +168,8 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = [
+    ("GET", r"/api/whoami-v2", Handler.whoami),
+    ("GET", rf"/api/models/{NAME}", Handler.repository),
     ("POST", r"/api/repos/create", Handler.create),
     ("POST", r"/api/validate-yaml", Handler.validate_card),
     ("POST", rf"/api/models/{NAME}/preupload/(\w+)", Handler.preupload),

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import accelerate.optimizer
-import accelerate.scheduler
 import numpy as np
 import pytest
 import torch
@@ -101,7 +100,6 @@ def nothing(*arguments, **keywords):
     [
         (training.checkpoint, "load_model"),
         (accelerate.optimizer.AcceleratedOptimizer, "load_state_dict"),
-        (accelerate.scheduler.AcceleratedScheduler, "load_state_dict"),
         (RandomWindows, "load_state_dict"),
         (torch, "set_rng_state"),
         (random, "setstate"),
@@ -163,8 +161,9 @@ def test_the_loss_scale_is_kept(tmp_path, new_scale):
     def state():
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters())
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        return TrainingState(model, optimizer, schedule, RandomWindows([0] * 9, 2, 1, 0, slice(None)), Progress(1))
+        return TrainingState(
+            model, optimizer, RandomWindows([0] * 9, 2, 1, 0, slice(None)), progress=Progress(1)
+        )  # fmt: skip
 
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=new_scale)

@@ -54,7 +54,7 @@ def test_a_value_on_the_command_line_wins_over_the_file_and_the_file_over_the_de
         ("trian.steps=1", "unknown section trian; the nearest known one is train"),
         ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer"),
         ("train.steps=1.5", "train.steps: Value '1.5' of type 'float' could not be converted to Integer"),
-        ("train.bf16=maybe", "train.bf16: Value 'maybe' is not a valid bool (type str)"),
+        ("train.bf16=maybe", "train.bf16: Invalid value 'maybe', expected one of [False, True, 'force']"),
         ("train.schedule=linear", "train.schedule: Invalid value 'linear', expected one of ['cosine', 'wsd']"),
         ("train.betas=[0.9]", "train.betas: TupleConfig length 1 does not match type hint length 2"),
         ("train=3", "section train is not a mapping of keys to values"),

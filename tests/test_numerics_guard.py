@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small_models import CELLS
 from small_runs import losses
 
@@ -74,19 +73,56 @@ def test_a_run_stops_before_a_bad_step_and_says_which_windows_and_which_layer(ru
 
 
 def test_a_skipped_step_changes_no_parameter_and_the_run_goes_on(run, spoil, monkeypatch):
-    saved = {}
-    settings = {"train.on_nonfinite": "skip", "train.save_every_steps": 1}
-    monkeypatch.setattr("training.checkpoint.KEPT_CHECKPOINTS", 100)
+    before = []  # each step
+    gradient_norm = train.gradient_norm
+
+    def note(model):
+        before.append([parameter.detach().clone() for parameter in model.parameters()])
+        return gradient_norm(model)
+
+    monkeypatch.setattr(train, "gradient_norm", note)
     spoil("gradient")
-    folder = run(**settings)
-    for path in list_checkpoints(folder):
-        saved[int(path.name[5:])] = load_file(path / "model.safetensors")
-    for step in range(2, 9):
-        unchanged = all(torch.equal(saved[step][name], saved[step - 1][name]) for name in saved[step])
-        assert unchanged == (step == BAD_STEP)
+    folder = run(**{"train.on_nonfinite": "skip", "train.save_every_steps": 2})
+    for step, (first, second) in enumerate(zip(before[1:], before[2:]), 2):
+        assert all(map(torch.equal, first, second)) == (step == BAD_STEP)
+    # Not in the midst of skipped steps: the parameters may be what is wrong.
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000004", "step-00000008"]
     assert len(losses(folder)) == 7 and losses(folder, "skipped_steps") == [1]
     state = json.loads((list_checkpoints(folder)[-1] / "state.json").read_text())
     assert state["progress"]["skipped_steps"] == 1 and state["progress"]["step"] == 8
+
+
+TOO_HIGH = {"train.learning_rate": 1e18, "train.grad_clip_norm": 1e30, "train.steps": 30}
+
+
+def test_steps_skipped_in_a_row_end_the_run_and_a_lower_learning_rate_goes_on(setting, train_main, tmp_path):
+    path = setting(**TOO_HIGH, **{"train.on_nonfinite": "skip"})
+    with pytest.raises(
+        InputError, match="^the loss or a gradient was not finite in 11 steps in a row, see .*: go on "
+    ):
+        train_main(path)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert train_main(path, ["train.resume=true", "train.learning_rate=0.001"]) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_a_stopped_run_goes_on_with_a_lower_learning_rate_from_where_that_helps(setting, train_main, tmp_path, capsys):
+    """The last checkpoint has the parameters that the high rate made: no step from there is finite."""
+    path = setting(**TOO_HIGH, **{"train.save_every_steps": 1, "train.warmup_steps": 0})
+    with pytest.raises(InputError, match="not finite at step 2, .* with train.resume=true and a lower"):
+        train_main(path)
+    assert train_main(path, ["train.resume=true", "train.learning_rate=0.001"]) == 0
+    assert "step-00000001 was not finite: step-00000000 is used" in capsys.readouterr().out
+    assert len(losses(tmp_path / "run")) == 30 and losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_a_run_without_a_finite_evaluation_fails_and_publishes_nothing(setting, train_main, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *arguments, **keywords: (float("nan"), 0.0))
+    monkeypatch.setattr(train, "check_repository", lambda hub: None)
+    monkeypatch.setattr(train, "push_folder", lambda *arguments: pytest.fail("published"))
+    with pytest.raises(InputError, match="^no evaluation had a finite loss, so .*run holds no model"):
+        train_main(setting(), ["hub.push=true", "hub.repository=someone/nothing"])
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_the_loss_is_the_same_to_1e_6_however_a_batch_is_split(run, tmp_path):

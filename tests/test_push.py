@@ -17,6 +17,11 @@ from omegaconf import OmegaConf
 from small_models import small_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train as scripts
+import training.hub
+from training.checkpoint import write_manifest
+from training.config import HubConfig, InputError
+from training.hub import published_files, push_folder
 from training.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -105,17 +110,28 @@ def assert_loads(loaded, model, tokenizer):
 
 
 def test_train_publishes_the_model_and_a_fresh_process_loads_it_by_its_name_and_revision(hub, tmp_path):
-    process = train(hub, tmp_path, "hub.private=true")
+    process = train(hub, tmp_path)
     assert process.returncode == 0, process.stderr
     assert hub.repositories[REPOSITORY]["private"]
     assert process.stdout.splitlines()[-1] == f"published as {hub.url}/{REPOSITORY}"
-    steps = ["POST create", "POST preupload", "POST lfs_batch", "PUT lfs_upload", "POST commit"]
+    steps = [
+        "GET whoami",
+        "GET repository",
+        "POST create",
+        "POST preupload",
+        "POST lfs_batch",
+        "PUT lfs_upload",
+        "POST commit",
+    ]
     assert list(dict.fromkeys(step for step in hub.requests if step in steps)) == steps
 
     folder = tmp_path / "run"
     published = hub.files(REPOSITORY)
-    assert published == {name: content for name, content in contents(folder).items() if "checkpoints" not in name}
-    assert {"model.safetensors", "tokenizer.json", "modeling_minrnn.py", "README.md", "loss_curve.png"} <= {*published}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {*published} == {*manifest, "manifest.json", "README.md", "loss_curve.png"}
+    assert {"model.safetensors", "tokenizer.json", "modeling_minrnn.py"} < {*manifest}
+    assert all(contents(folder)[name] == content for name, content in published.items())
+    assert not any(str(tmp_path).encode() in content for content in published.values())
 
     # A later commit that spoils the model does not reach who pinned the one before.
     commits = hub.repositories[REPOSITORY]["commits"]
@@ -145,21 +161,71 @@ def test_model_tokenizer_and_card_are_published_by_hand(hub, tmp_path):
     assert_loads(load(hub, tmp_path, revision), model, byte_tokenizer())
 
 
-def test_a_refused_token_ends_a_run_in_one_line_after_it_is_saved(hub, tmp_path):
+def test_a_refused_token_ends_a_run_in_one_line_before_it_begins(hub, tmp_path):
     process = train(hub, tmp_path, token="hf_wrong")
     assert process.returncode == 2 and "Traceback" not in process.stderr
     reason = "the token was refused; log in with `hf auth login`, or set HF_TOKEN"
-    assert process.stderr.splitlines()[-1] == f"error: {failed(reason, tmp_path / 'run')}"
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    AutoTokenizer.from_pretrained(tmp_path / "run")
-    assert (tmp_path / "run" / "README.md").is_file() and (tmp_path / "run/checkpoints/step-00000003").is_dir()
-    assert hub.repositories == {}
+    assert process.stderr.splitlines()[-1] == f"error: hub.repository {REPOSITORY}: {reason}"
+    assert not (tmp_path / "run").exists() and hub.repositories == {}
+
+
+class Client:
+    """In place of HfApi."""
+
+    def __init__(self, role="write", existing=()):
+        self.role, self.existing = role, existing
+
+    def whoami(self):
+        return {"name": "someone", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": self.role}}}
+
+    def repo_exists(self, name):
+        return name in self.existing
+
+
+@pytest.mark.parametrize(
+    ("repository", "client", "token", "message"),
+    [
+        ("someone/times", Client(), None, "there is no token; log in with `hf auth login`, or set HF_TOKEN"),
+        ("else/times", Client(), TOKEN, "the token writes to someone or lab, not to else"),
+        ("someone/times", Client(role="read"), TOKEN, "the token may read only"),
+        ("times", Client(existing=["someone/times"]), TOKEN, "a repository of this name exists"),
+        ("lab/times", Client(existing=["someone/times"]), TOKEN, None),
+    ],
+)
+def test_what_a_push_would_be_refused_for_is_told_before_training(
+    setting, train_main, tmp_path, monkeypatch, repository, client, token, message
+):
+    monkeypatch.setattr(training.hub, "HfApi", lambda: client)
+    monkeypatch.setattr(training.hub, "get_token", lambda: token)
+    monkeypatch.setattr(scripts, "load_data", lambda *arguments: pytest.fail("training began"))
+    config = setting(**{"hub.push": True, "hub.repository": repository})
+    if message:
+        with pytest.raises(InputError, match=f"^hub.repository {repository}: {message}$"):
+            train_main(config)
+    else:
+        with pytest.raises(pytest.fail.Exception, match="training began"):
+            train_main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_the_writer_of_the_model_lists_is_published(folder, monkeypatch):
+    """Not what lies there too, nor what a link leads to."""
+    (folder / ".env").write_text("TOKEN=secret")
+    (folder / "README.md").symlink_to(folder / ".env")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {*published_files(folder)} == {*manifest, "manifest.json"}
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(folder / ".env")
+    monkeypatch.setattr(training.hub, "HfApi", lambda: pytest.fail("uploaded"))
+    with pytest.raises(InputError, match="config.json: no such file, but manifest.json lists it: nothing was upload"):
+        push_folder(folder, HubConfig(repository=REPOSITORY))
 
 
 def failed(reason, folder):
+    include = " ".join(f"--include {name}" for name in published_files(folder))
     return (
         f"hub.repository {REPOSITORY}: {reason}. The run is complete in {folder}; to upload it: "
-        f"hf upload {REPOSITORY} {folder} . --exclude 'checkpoints/*'"
+        f"hf upload {REPOSITORY} {folder} . {include} --private"
     )
 
 
@@ -182,6 +248,8 @@ def folder(tmp_path):
     """What a run leaves, in small."""
     folder = tmp_path / "run"
     small_model().save_pretrained(folder)
+    write_manifest(folder)
+    (folder / "starts.jsonl").write_text("private")
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000003" / "optimizer.bin").write_bytes(b"large")
     return folder
@@ -209,4 +277,5 @@ def test_a_connection_that_drops_in_mid_upload_loses_nothing_and_can_be_made_goo
     _, *arguments = shlex.split(process.stdout.partition("to upload it: ")[2])
     process = run(hub, folder.parent / "home", Path(sys.executable).parent / "hf", *arguments)
     assert process.returncode == 0, process.stderr
-    assert hub.files(REPOSITORY) == {name: content for name, content in before.items() if "checkpoints" not in name}
+    assert hub.files(REPOSITORY) == {name: before[name] for name in published_files(folder)}
+    assert hub.repositories[REPOSITORY]["private"]

@@ -53,7 +53,8 @@ def test_a_run_folder_tells_settings_versions_commit_and_command_of_every_start(
     config = setting()
     assert train_main(config, ["train.resume=true", "train.steps=9"]) == 0
     lines = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
-    starts, ends = lines[::2], lines[1::2]
+    starts, cards, ends = lines[::3], lines[1::3], lines[2::3]
+    assert len({card["card"] for card in cards}) == 2
     assert [start["step"] for start in starts] == [0, 8]
     assert [(end["step"], end["exit_code"]) for end in ends] == [(8, 0), (9, 0)]
     assert starts[1]["command"] == f"python train.py {config} train.resume=true train.steps=9"

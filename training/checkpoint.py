@@ -2,12 +2,13 @@
 
 OUTPUT_DIR/                     the best model so far, a folder for from_pretrained, with the reports of the run
     run.yaml                    the settings
+    run.lock                    held by the process that writes here, and by no other
     manifest.json               the SHA-256 of each file of the model
     checkpoints/step-00000100/  everything that training needs to go on, and no pickle
         run.yaml                the settings
         model.safetensors       the parameters
         optimizer.safetensors   the tensors of the optimizer, "INDEX.NAME" for the parameter of that index
-        state.json              progress, schedule, scaler and the groups of the optimizer
+        state.json              progress, scaler, digests of the data and the groups of the optimizer
         process_0.safetensors   random states of torch, for each process
         process_0.cache_0       what train.carry_state carries on, for each process and micro-batch
         process_0.json          random states of Python and numpy and the position in the data, for each process
@@ -17,17 +18,20 @@ Where processes share the parameters (FSDP2), shard-*.safetensors take the place
 each process, see sharded.py.
 
 A folder gets the name of a checkpoint when all of it is on the disk. What ends in .partial is nobody's. model.ready is
-a whole model that a killed process could not move into place; the next start does.
+a whole model that a killed process could not move into place; the next start does. Files of other names belong to the
+user, as do those that the user has edited: a run removes and replaces neither.
 """
 
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from signal import SIGINT, SIGTERM, signal
 from typing import Any
@@ -36,24 +40,38 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_minrnn import load_state, save_state
 
-from .config import InputError, RunConfig, one_line
+from .config import CHANGEABLE, SHAPE_OF_STATES, InputError, RunConfig, load_config, one_line
 from .data import StreamedWindows, WorkerWindows
 from .sharded import SHARDS, is_sharded, load_shards, save_shards
 
 SETTINGS_FILE = "run.yaml"
 MANIFEST_FILE = "manifest.json"
 PARTIAL = ".partial"
+LOCK_FILE = "run.lock"
 READY = "model.ready"
+WEIGHTS = ".safetensors"
+CHECKPOINT = re.compile(r"step-\d{8,}")
+CARD_FILE = "README.md"
+LOSS_CURVE_FILE = "loss_curve.png"
+METRICS_FILE = "metrics.jsonl"
+FULL_METRICS_FILES = "metrics-[0-9][0-9][0-9][0-9].jsonl"
+NONFINITE_FILES = "nonfinite-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].json"
+STARTS_FILE = "starts.jsonl"
+# What a run leaves in its folder beside the model, as patterns.
+OWN_FILES = (
+    SETTINGS_FILE, MANIFEST_FILE, CARD_FILE, LOSS_CURVE_FILE, METRICS_FILE, FULL_METRICS_FILES, NONFINITE_FILES,
+    STARTS_FILE,
+)  # fmt: skip
 KEPT_CHECKPOINTS = 2
 
 
@@ -62,10 +80,20 @@ class Progress:
     """How far a run has come. Losses are in nats per token."""
 
     step: int = 0
+    tokens: int = 0
     best_loss: float = float("inf")
     best_step: int = 0
+    best_tokens: int = 0
     evaluations_since_best: int = 0
     skipped_steps: int = 0  # for a loss or gradient that was not finite
+    skipped_in_a_row: int = 0
+
+    def __post_init__(self):
+        counts = {name: value for name, value in vars(self).items() if name != "best_loss"}
+        if not all(type(value) is int and value >= 0 for value in counts.values()) or self.best_loss != float(
+            self.best_loss
+        ):
+            raise ValueError(f"no progress of a run: {vars(self)}")
 
 
 @dataclass
@@ -74,15 +102,45 @@ class TrainingState:
 
     model: nn.Module
     optimizer: Optimizer
-    scheduler: LRScheduler
     batches: Any  # an iterator over tensors with state_dict and load_state_dict
+    data: dict[str, str] = field(default_factory=dict)  # token_digests
     progress: Progress = field(default_factory=Progress)
     context_ranks: int = 1  # processes that share each sequence
     caches: list[Cache] = field(default_factory=list)  # what each micro-batch reads on from, with train.carry_state
+    checkpoint: Path | None = None  # that this process has last loaded or saved
+
+
+@contextmanager
+def sole_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Creates the folder and keeps all other runs out of it. The lock goes with the process, however that ends.
+
+    Raises InputError in all processes if another run has the folder. Where nothing came of a run, nothing is left.
+    """
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with same_error("train.output_dir"):
+            if accelerator.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire()
+                except Timeout as error:
+                    raise OSError(f"another run is writing to {folder}: choose another folder or end it") from error
+        yield
+    finally:
+        if lock.is_locked:
+            if not (folder / SETTINGS_FILE).exists():
+                (folder / LOCK_FILE).unlink()
+                with suppress(OSError):  # not empty
+                    for path in missing:
+                        path.rmdir()
+            lock.release()
 
 
 def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint, if a run is to be resumed; changes nothing. Damaged ones are told to `warn`.
+    """The newest whole checkpoint that is no dead end, if a run is to be resumed; changes nothing.
+
+    What is wrong with later ones is told to `warn`.
 
     Raises InputError if the folder holds something that this run would overwrite, or nothing that it could resume.
     """
@@ -90,16 +148,25 @@ def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | N
     if config.train.resume and config.train.overwrite:
         raise InputError("train.resume and train.overwrite are both set: choose one")
     if config.train.resume:
-        checkpoints = list_checkpoints(folder)
+        checkpoints, whole = list_checkpoints(folder), []
         for checkpoint in reversed(checkpoints):
-            if (reason := damage(checkpoint)) is None:
-                check_same_settings(checkpoint / SETTINGS_FILE, config)
-                return checkpoint
-            warn(f"warning: {reason}: this checkpoint is damaged, the one before it is used")
+            if reason := damage(checkpoint):
+                warn(f"warning: {reason}: this checkpoint is damaged, the one before it is used")
+                continue
+            whole.append(checkpoint)
+            if not is_dead_end(checkpoint):
+                break
+        if whole:
+            # Where each is a dead end, the newest: train.on_nonfinite=skip may lead out of it.
+            chosen = whole[0] if is_dead_end(whole[-1]) else whole[-1]
+            if chosen != whole[0]:
+                warn(f"warning: the step after {whole[0]} was not finite: {chosen.name} is used")
+            changed_settings(chosen, config)
+            return chosen
         # Without checkpoint and model a run was killed in its first moments: "auto" loses nothing by starting again.
         if config.train.resume is True or checkpoints or any(folder.glob("*.safetensors")):
             raise InputError(f"train.resume: {folder} holds no {'whole ' if checkpoints else ''}checkpoint")
-    if folder.exists() and (not folder.is_dir() or any(path.suffix != PARTIAL for path in folder.iterdir())):
+    if any(path.suffix != PARTIAL and path.name != LOCK_FILE for path in folder.glob("*")):
         if not (folder / SETTINGS_FILE).is_file():
             raise InputError(f"train.output_dir {folder} is not empty and holds no run: choose another folder")
         if not config.train.resume and not config.train.overwrite:
@@ -110,27 +177,58 @@ def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | N
     return None
 
 
-def check_same_settings(file: Path, config: RunConfig) -> None:
-    """A run may be resumed with other `train` settings (say, more steps), but not with another model or data."""
-    before = OmegaConf.to_container(OmegaConf.load(file))
-    now = OmegaConf.to_container(OmegaConf.create(settings_yaml(config)))  # as a file has them: lists, no tuples
-    for section in ("model", "data"):
+def is_dead_end(checkpoint: Path) -> bool:
+    """Whether the step after it was not finite, which no other learning rate changes: see `write_nonfinite`."""
+    try:
+        report = json.loads(nonfinite_file(checkpoint.parent.parent, step_of(checkpoint) + 1).read_text())
+        return report["after"] == sha256(checkpoint / MANIFEST_FILE)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def nonfinite_file(folder: Path, step: int) -> Path:
+    return folder / f"nonfinite-{step:08d}.json"
+
+
+def changed_settings(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
+    """What `config` has otherwise than the checkpoint, as {"section.key": value}.
+
+    Raises InputError for what a resumed run may not change, see CHANGEABLE.
+    """
+    file = checkpoint / SETTINGS_FILE
+    # As a file has them: lists, no tuples.
+    before, now = (
+        OmegaConf.to_container(OmegaConf.create(settings_yaml(settings)))
+        for settings in (load_config(str(file), []), config)
+    )
+    changed = {}
+    for section, changeable in CHANGEABLE.items():
         for key in sorted(now[section].keys() | before[section].keys()):
-            if now[section].get(key) != before[section].get(key):
-                raise InputError(
-                    f"train.resume: {section}.{key} is {now[section].get(key)}, "
-                    f"but {file} has {before[section].get(key)}"
-                )
+            name, value = f"{section}.{key}", now[section].get(key)
+            if value == before[section].get(key):
+                continue
+            by_name = key not in changeable or (section == "data" and config.data.streaming)
+            if by_name or (config.train.carry_state and name in SHAPE_OF_STATES):
+                raise InputError(f"train.resume: {name} is {value}, but {file} has {before[section].get(key)}")
+            changed[name] = value
+    return changed
 
 
 def open_output_dir(config: RunConfig) -> Path:
-    """Create the folder, in place of a run that may be overwritten, and write the settings into it."""
+    """Take the folder for this run, in place of one that may be overwritten, and write the settings into it."""
     folder = Path(config.train.output_dir)
-    if config.train.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if config.train.overwrite:
+        remove_run(folder)
     write_file(folder / SETTINGS_FILE, settings_yaml(config))
     return folder
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run has written, by its names; what else lies in the folder stays."""
+    for path in [*list_checkpoints(folder), folder / READY]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in [*(folder / name for name in manifest(folder)), *chain.from_iterable(map(folder.glob, OWN_FILES))]:
+        path.unlink(missing_ok=True)
 
 
 def settings_yaml(config: RunConfig) -> str:
@@ -143,8 +241,13 @@ def settings_yaml(config: RunConfig) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first, whole or damaged."""
-    return sorted(path for path in folder.glob("checkpoints/step-*") if path.suffix != PARTIAL)
+    """Oldest first, whole or damaged; only what has the name of one."""
+    found = (path for path in folder.glob("checkpoints/step-*") if CHECKPOINT.fullmatch(path.name))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, state: TrainingState) -> None:
@@ -153,15 +256,16 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
     Raises InputError in all processes if one of them cannot write; the checkpoints from before are then untouched.
     """
     final = folder / "checkpoints" / f"step-{state.progress.step:08d}"
-    if final.exists() and damage(final) is None:
+    if final == state.checkpoint and damage(final) is None:
         return
     partial = final.with_suffix(PARTIAL)
     main, failure = accelerator.is_main_process, f"{final} cannot be written, checkpoints from before are intact"
     try:
         with same_error(failure):
             if main:
-                for left in final.parent.glob("*" + PARTIAL):  # by a process that was killed
-                    shutil.rmtree(left)
+                for left in final.parent.glob("step-*" + PARTIAL):  # by a process that was killed
+                    if CHECKPOINT.fullmatch(left.stem):
+                        shutil.rmtree(left)
                 partial.mkdir(parents=True)
         with same_error(failure):
             write_process_state(partial, accelerator, state)
@@ -172,14 +276,15 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
             if main:
                 write_shared_state(partial, accelerator, config, state)
                 write_manifest(partial)
-                if final.exists():  # damaged: a run resumed from an earlier one has come to this step again
+                if final.exists():  # a run resumed from an earlier one has come to this step again
                     discard(final)
                 os.replace(partial, final)
                 sync(final.parent)
                 # Later ones are left alone: this one may be the only one that is whole.
-                before = [path for path in list_checkpoints(folder) if path < final]
+                before = [path for path in list_checkpoints(folder) if step_of(path) < step_of(final)]
                 for old in before[: max(0, len(before) + 1 - KEPT_CHECKPOINTS)]:
                     discard(old)
+        state.checkpoint = final
     except InputError:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -189,14 +294,16 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
     """Called by all processes: restore all of `state` and the random states of this process.
 
+    Learning rate, weight decay and betas are settings, not state: those of `state.optimizer` stay.
+
     Another number of processes, or one that shares sequences otherwise, goes on with the same batches, save where it
     would draw other random numbers for dropout, read other documents of a stream or need the states of other rows.
-    Raises InputError then, and if the checkpoint is of another model. Of a damaged best model it warns, and forgets
-    its loss, so that the next evaluation writes a whole one.
+    Raises InputError then, and if the checkpoint is of another model or other data. Of a damaged best model it warns,
+    and forgets its loss, so that the next evaluation writes a whole one.
     """
     try:
         shared = json.loads((checkpoint / "state.json").read_text())
-        before, now = shared["processes"], [accelerator.num_processes, state.context_ranks]
+        before, now = [*shared["processes"]], [accelerator.num_processes, state.context_ranks]
         bound = {
             "model.dropout": state.model.config.dropout,
             "data.streaming": isinstance(state.batches, (StreamedWindows, WorkerWindows)),
@@ -207,6 +314,12 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
                 f"saved by {before[0]} processes, {before[1]} to a sequence, resumed by {now[0]}, {now[1]} to a "
                 f"sequence: with {' and '.join(key for key in bound if bound[key])} it would not go on as before"
             )
+        others = [name for name in state.data if state.data[name] != shared["data"][name]]
+        if others:
+            raise InputError(
+                "data.files, data.dataset or data.tokenizer name another text or tokenizer than before, with other "
+                f"{' and '.join(others)}"
+            )
         if is_sharded(state.model) or any(checkpoint.glob(SHARDS)):
             tensors = load_shards(checkpoint, state.model, state.optimizer)
         else:
@@ -215,25 +328,40 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
             for name, tensor in load_file(checkpoint / "optimizer.safetensors").items():
                 index, key = name.split(".")
                 tensors.setdefault(int(index), {})[key] = tensor
-        state.optimizer.load_state_dict({"state": tensors, "param_groups": shared["param_groups"]})
-        state.scheduler.load_state_dict(shared["scheduler"])
+        check_shapes(tensors, state.optimizer)
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": tensors, "param_groups": groups})
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(shared["scaler"])
-        state.progress = Progress(**shared["progress"])
+        state.progress, state.checkpoint = Progress(**shared["progress"]), checkpoint
         if before == now:
             load_process_state(accelerator, checkpoint, state)
         else:  # all processes have the same position in the data, and draw no random numbers
             state.batches.load_state_dict(json.loads((checkpoint / "process_0.json").read_text())["batches"])
-    except (SafetensorError, RuntimeError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (
+        SafetensorError, RuntimeError, OSError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError
+    ) as error:  # fmt: skip
         raise InputError(f"checkpoint {checkpoint} cannot be resumed: {one_line(error)[:200]}") from error
     folder, reason = checkpoint.parent.parent, None
     with same_error(f"{folder}: the best model cannot be put into place"):
         if accelerator.is_main_process:
             install_best_model(folder)
-            reason = damage(folder) if state.progress.best_step else None
+            edited = edited_files(folder)
+            for name in sorted(edited):
+                accelerator.print(f"{folder / name} was edited: it stays as it is")
+            reason = damage(folder, edited) if state.progress.best_step else None
     if reason := broadcast_object_list([reason])[0]:
         accelerator.print(f"warning: {reason}: the best model is damaged, the next evaluation writes another")
         state.progress.best_loss = float("inf")
+
+
+def check_shapes(tensors: dict[int, dict[str, torch.Tensor]], optimizer: Optimizer) -> None:
+    """Raises ValueError for a state of the optimizer that is not of its parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, kept in tensors.items():
+        for key, tensor in kept.items():
+            if tensor.shape not in (torch.Size(), parameters[index].shape):
+                raise ValueError(f"{key} of parameter {index} has the shape {tuple(tensor.shape)}")
 
 
 def load_process_state(accelerator: Accelerator, checkpoint: Path, state: TrainingState) -> None:
@@ -256,8 +384,8 @@ def write_shared_state(folder: Path, accelerator: Accelerator, config: RunConfig
     shared = {
         "processes": [accelerator.num_processes, state.context_ranks],
         "progress": asdict(state.progress),
-        "param_groups": optimizer["param_groups"],
-        "scheduler": state.scheduler.state_dict(),
+        "data": state.data,
+        "param_groups": optimizer["param_groups"],  # for the reader: a resumed run has those of its settings
         "scaler": accelerator.scaler and accelerator.scaler.state_dict(),
     }
     if not is_sharded(state.model):
@@ -274,7 +402,8 @@ def write_process_state(folder: Path, accelerator: Accelerator, state: TrainingS
         random_states["device"] = torch.get_device_module(accelerator.device).get_rng_state(accelerator.device)
     save_file(random_states, process_file(folder, accelerator, "safetensors"))
     for i, cache in enumerate(state.caches if state.progress.step else []):
-        save_state(cache, process_file(folder, accelerator, f"cache_{i}"), state.model)
+        # The folder is new. To overwrite is to rename, which file systems without hard links can do as well.
+        save_state(cache, process_file(folder, accelerator, f"cache_{i}"), state.model, overwrite=True)
     process = {"batches": state.batches.state_dict(), "python": random.getstate(), "numpy": np.random.get_state()}
     process_file(folder, accelerator, "json").write_text(json.dumps(process, default=np.ndarray.tolist))
 
@@ -293,16 +422,54 @@ def write_manifest(folder: Path) -> None:
     write_file(folder / MANIFEST_FILE, json.dumps(digests, indent=1))
 
 
-def damage(folder: Path) -> str | None:
-    """Which file of a checkpoint or model is not what was written, and why; None if all are."""
-    manifest = folder / MANIFEST_FILE
+def read_manifest(folder: Path) -> dict[str, str]:
+    """Raises OSError or ValueError."""
     try:
-        digests = json.loads(manifest.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        return f"{manifest}: {one_line(error)}"
+        digests = json.loads((folder / MANIFEST_FILE).read_bytes())
+    except RecursionError as error:
+        raise ValueError(one_line(error)) from error
     if not isinstance(digests, dict) or not digests:
-        return f"{manifest}: not a mapping of files to digests"
+        raise ValueError("not a mapping of files to digests")
+    return digests
+
+
+def manifest(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of the model in `folder` when it was written; nothing where that is not known."""
+    try:
+        digests = read_manifest(folder)
+    except (OSError, ValueError):
+        return {}
+    return {name: digest for name, digest in digests.items() if ".." not in Path(name).parts and name[:1] != "/"}
+
+
+def edited_files(folder: Path) -> set[str]:
+    """Files of the model in `folder`, except weights, that are whole but not as they were written: the user's."""
+    return {
+        name
+        for name, digest in manifest(folder).items()
+        if WEIGHTS not in name and is_readable(folder / name) and sha256(folder / name) != digest
+    }
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        text = path.read_text()
+        if path.suffix == ".json":
+            json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return bool(text)
+
+
+def damage(folder: Path, edited: Iterable[str] = ()) -> str | None:
+    """Which file of a checkpoint or model, save `edited` ones, is not what was written, and why; None if all are."""
+    try:
+        digests = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return f"{folder / MANIFEST_FILE}: {one_line(error)}"
     for name, digest in digests.items():
+        if name in edited:
+            continue
         path = folder / name
         inside = path.is_relative_to(folder) and ".." not in path.parts
         if not inside or not path.is_file():  # what else a damaged name leads to is not opened
@@ -340,7 +507,10 @@ def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        try:
+            tokenizer.save_pretrained(partial)
+        except Exception as error:  # tokenizers has no other for a full disk
+            raise OSError(one_line(error)) from error
         write_manifest(partial)
         os.replace(partial, folder / READY)
         sync(folder)
@@ -350,13 +520,14 @@ def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
 
 
 def install_best_model(folder: Path) -> None:
-    """Finish what save_best_model has begun, be it in a process that was killed."""
-    ready = folder / READY
-    for path in sorted(ready.rglob("*")):
+    """Finish what save_best_model has begun, be it in a process that was killed. What the user has edited stays."""
+    ready, edited = folder / READY, edited_files(folder)
+    # The manifest last: by the one from before, what the user has edited is told from what is not replaced yet.
+    for path in sorted(ready.rglob("*"), key=lambda path: (path.name == MANIFEST_FILE, path)):
         target = folder / path.relative_to(ready)
         if path.is_dir():
             target.mkdir(exist_ok=True)
-        else:
+        elif path.relative_to(ready).as_posix() not in edited:
             os.replace(path, target)
     sync(folder)
     shutil.rmtree(ready, ignore_errors=True)

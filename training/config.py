@@ -1,9 +1,13 @@
 """The settings of a run: a YAML file with the sections `model`, `data`, `train` and `hub`, and key=value overrides."""
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import importlib
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from huggingface_hub.errors import HFValidationError
@@ -13,6 +17,25 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 STDLIB = "python-stdlib"
+LARGEST_SEED = 2**31 - 1  # numpy takes 32 bits, and each process adds its rank
+MOST_LAYERS = 10_000  # the configuration of a model lists them
+
+# What a resumed run may change; it holds from the first step of that start on. Any other setting is refused by name.
+CHANGEABLE = {
+    "model": {"dropout", "scan_backend"},
+    # A text and a tokenizer are known by their content, see `token_digests`, except a streamed data set.
+    "data": {"dataset", "files", "held_out_files", "tokenizer"},
+    "train": {
+        "batch_size", "betas", "bf16", "chunk_length", "compile", "context_parallel_size", "decay_steps",
+        "early_stopping_patience", "eval_every_steps", "grad_clip_norm", "gradient_accumulation_steps",
+        "learning_rate", "log_every_steps", "min_learning_rate_ratio", "on_nonfinite", "output_dir", "sample_prompts",
+        "sample_tokens", "save_every_steps", "schedule", "sequence_length", "steps", "trackers", "warmup_steps",
+        "weight_decay",
+    },
+    "hub": {"license", "private", "push", "repository"},
+}  # fmt: skip
+# With train.carry_state they decide where the rows read on, and which state is whose.
+SHAPE_OF_STATES = {"train.batch_size", "train.gradient_accumulation_steps", "train.sequence_length"}
 
 
 class InputError(ValueError):
@@ -24,7 +47,8 @@ class DataConfig:
     """Which text is read, how it is split and which tokenizer encodes it. `dataset`, `files` or `task` is set."""
 
     # "python-stdlib" (the running Python's own source, nothing is downloaded), a Hub data set id, or a local folder of
-    # parquet, JSON lines or CSV files: whatever datasets.load_dataset takes, with its configuration and columns.
+    # parquet, JSON lines or CSV files, or one such file: whatever datasets.load_dataset takes, with its configuration
+    # and columns.
     dataset: str | None = None
     dataset_config: str | None = None
     split: str = "train"
@@ -100,10 +124,12 @@ class TrainConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     grad_clip_norm: float = 1.0
-    # A loss or gradient that is infinite or not a number changes no parameter: the run stops, or skips the step.
+    # A loss or gradient that is infinite or not a number changes no parameter: the run stops, or skips the step, but
+    # stops too after MOST_SKIPPED_STEPS of train.py in a row.
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
-    bf16: bool = False
+    # Mixed precision. A CPU without instructions for bfloat16 trains in float32 instead, unless "force" is set.
+    bf16: Literal[False, True, "force"] = False
     compile: bool = False
 
     output_dir: str = MISSING
@@ -141,11 +167,17 @@ class TrainConfig:
                 "train.carry_state, which read a sequence from left to right in one process"
             )
         for name in ("learning_rate", "grad_clip_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"train.{name} is {getattr(self, name)}: must be positive")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"train.{name} is {getattr(self, name)}: must be positive and finite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"train.betas is {list(self.betas)}: both must be at least 0 and below 1")
+        if self.seed > LARGEST_SEED:
+            raise InputError(f"train.seed is {self.seed}: must be at most {LARGEST_SEED}")
+        if not all(self.sample_prompts):
+            raise InputError("train.sample_prompts has an empty text: each must have something to go on from")
         for name in ("seed", "warmup_steps", "decay_steps", "weight_decay", "min_learning_rate_ratio"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"train.{name} is {getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"train.{name} is {getattr(self, name)}: must not be negative, and finite")
         if self.warmup_steps + self.decay_steps > self.steps:
             raise InputError(
                 f"train.warmup_steps + train.decay_steps is {self.warmup_steps + self.decay_steps}: "
@@ -159,11 +191,11 @@ class TrainConfig:
 class HubConfig:
     """Where the finished run is published."""
 
-    # Upload the best model with its tokenizer, code, model card and reports when training is done.
+    # Upload the best model with its tokenizer, code, model card and loss curve when training is done.
     push: bool = False
     # "user/name"; must not exist yet.
     repository: str | None = None
-    private: bool = False
+    private: bool = True
     # Of the weights, as the Hub names licences: https://huggingface.co/docs/hub/repositories-licenses
     license: str = "apache-2.0"
 
@@ -190,6 +222,7 @@ class RunConfig:
         self.data.check()
         self.train.check()
         self.hub.check()
+        check_model(self.model)
         if self.train.carry_state and (self.data.streaming or self.data.task):
             raise InputError("train.carry_state reads a stored text on: not with data.streaming or data.task")
 
@@ -199,6 +232,8 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such configuration file")
     for override in overrides:
+        if not is_text(override):  # a file name of other bytes
+            raise InputError(f"command line: {override!r} is not UTF-8 text")
         if "=" not in override:
             raise InputError(f"command line: {override!r} is not of the form section.key=value")
     config = OmegaConf.structured(RunConfig)
@@ -228,14 +263,49 @@ def set_values(config: DictConfig, sections: Any) -> None:
         if not isinstance(values, dict):
             raise InputError(f"section {section} is not a mapping of keys to values")
         for key, value in values.items():
-            # `model` takes any key here: train.py checks it against MinRNNConfig.
+            # `model` takes any key here: check_model knows which there are.
             if section != "model" and key not in config[section].keys():
                 near = nearest(key, config[section])
                 raise InputError(f"unknown key {section}.{key}; the nearest known one is {section}.{near}")
+            if isinstance(value, str) and section != "model" and OmegaConf.is_list(config[section]._get_node(key)):
+                value = [value]  # one path, prompt or tracker
+            if not is_text(str(value)):  # by an escape
+                raise InputError(f"{section}.{key} is {value!r}: half a character is no text")
             try:
                 OmegaConf.update(config[section], key, value)
             except OmegaConfBaseException as error:
                 raise InputError(f"{section}.{key}: {one_line(error)}") from error
+
+
+def check_model(arguments: dict[str, Any]) -> None:
+    """Raises InputError for what MinRNNConfig does not take, whatever the tokenizer will add."""
+    config_class = model_config_class()
+    known = [field.name for field in fields(config_class)]
+    for key in arguments:
+        if key not in known:  # transformers would keep it without a word
+            raise InputError(f"unknown key model.{key}; the nearest known one is model.{nearest(key, known)}")
+    layers = arguments.get("num_hidden_layers")
+    if isinstance(layers, (int, float)) and not layers <= MOST_LAYERS:
+        raise InputError(f"model.num_hidden_layers is {layers}: must be at most {MOST_LAYERS}")
+    try:
+        config_class(**arguments)
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise InputError(f"model: {one_line(error)}") from error
+
+
+def model_config_class() -> type:
+    """MinRNNConfig. Where modeling_minrnn is not imported yet, without the models, whose import takes seconds."""
+    if "modeling_minrnn" in sys.modules:
+        return importlib.import_module("modeling_minrnn.configuration_minrnn").MinRNNConfig
+    package = ModuleType("settings_of_minrnn")
+    package.__path__ = [str(Path(__file__).parent.parent / "modeling_minrnn")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.configuration_minrnn").MinRNNConfig
+
+
+def is_text(string: str) -> bool:
+    """False with a lone surrogate, which no file and no tokenizer takes."""
+    return string.isascii() or not any("\ud800" <= character <= "\udfff" for character in string)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -245,3 +315,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks and without what OmegaConf appends about its own types."""
     return " ".join(str(error).split("full_key:")[0].split())
+
+
+@contextmanager
+def exit_with_one_line() -> Iterator[None]:
+    """What the user can mend ends the process with exit code 2 and one line. OSError: a disk, in its own words."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -6,12 +6,14 @@ column "text"; end tokens separate them.
 
 import glob
 import hashlib
+import json
 import os
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain
 from multiprocessing.util import Finalize
@@ -23,10 +25,11 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from .config import STDLIB, DataConfig, InputError
+from .config import STDLIB, DataConfig, InputError, one_line
 
 # The tests of the standard library are not installed everywhere, and some are deliberately not valid source.
 NOT_STDLIB_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -35,6 +38,7 @@ PIECE_CHARACTERS = 2**14
 PIECES_AT_ONCE = 64
 # Documents tokenised per call.
 DOCUMENT_BATCH = 64
+STREAM = "data.dataset, while it is streamed"
 IGNORED = -100  # a target that the loss leaves out, by torch's convention
 
 
@@ -89,7 +93,9 @@ def expand(patterns: list[str], key: str) -> list[Path]:
     """The files that paths and globs name, in the order of the patterns, each pattern's matches sorted."""
     paths = []
     for pattern in patterns:
-        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+        # A file may have brackets in its name.
+        names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        matches = [Path(name) for name in names if Path(name).is_file()]
         if not matches:
             raise InputError(f"{key}: {pattern} matches no file")
         paths += matches
@@ -118,19 +124,39 @@ def dataset_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Da
     )
 
 
-def load_split(config: DataConfig, split: str) -> Dataset | IterableDataset:
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """What a broken file of a data set raises while it is read becomes one line about `what`."""
     try:
-        documents = load_dataset(config.dataset, config.dataset_config, split=split, streaming=config.streaming)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"data.dataset {config.dataset!r}, split {split!r}: {reason}") from error
-    columns = documents.column_names or list(next(iter(documents), {}))
+        yield
+    except InputError:
+        raise
+    except (DatasetsError, OSError, ValueError, TypeError) as error:
+        cause = error
+        while cause.__cause__ is not None:  # the first one says what is wrong
+            cause = cause.__cause__
+        raise InputError(f"{what}: {one_line(cause)[:200]}") from error
+
+
+def load_split(config: DataConfig, split: str) -> Dataset | IterableDataset:
+    file = Path(config.dataset)
+    source = {"path": str(file.parent), "data_files": file.name} if file.is_file() else {"path": config.dataset}
+    with readable(f"data.dataset {config.dataset!r}, split {split!r}"):
+        documents = load_dataset(**source, name=config.dataset_config, split=split, streaming=config.streaming)
+        first = next(iter(documents), {})
+    columns = documents.column_names or list(first)
     if config.text_column not in columns:
         raise InputError(f"data.text_column {config.text_column!r} is not a column of {config.dataset}: {columns}")
     documents = documents.select_columns(config.text_column)
     if config.text_column != "text":
         documents = documents.rename_column(config.text_column, "text")
-    return documents.filter(bool, input_columns="text")
+    return documents.filter(partial(has_text, config.text_column), input_columns="text")
+
+
+def has_text(column: str, value: Any) -> bool:
+    if not isinstance(value, str | None):
+        raise InputError(f"data.text_column {column!r} holds {str(value)[:40]!r}: must hold text")
+    return bool(value)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -185,6 +211,13 @@ class TokenStream:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def digest(self) -> str:
+        """SHA-256 of the tokens."""
+        digest = hashlib.sha256()
+        for array in self.arrays:
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
     def batches(self, chunk_tokens: int) -> Iterator[torch.Tensor]:
         """One chunk after the other as inputs and targets (2, 1, T); every token but the first is a target once."""
         for start in range(0, len(self) - 1, chunk_tokens):
@@ -217,10 +250,11 @@ def token_stream(
         arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
     else:
         arrays = []
-        for batch in documents.iter(batch_size=DOCUMENT_BATCH):
-            arrays += [np.array(ids, dtype=dtype) for ids in encode(batch["text"], tokenizer)]
-            if max_tokens and sum(map(len, arrays)) > max_tokens:
-                break
+        with readable(STREAM):
+            for batch in documents.iter(batch_size=DOCUMENT_BATCH):
+                arrays += [np.array(ids, dtype=dtype) for ids in encode(batch["text"], tokenizer)]
+                if max_tokens and sum(map(len, arrays)) > max_tokens:
+                    break
     arrays[-1] = arrays[-1][:-1]  # end tokens separate documents: none after the last
     stream = TokenStream(arrays)
     if max_tokens and len(stream) > max_tokens:
@@ -228,6 +262,20 @@ def token_stream(
     if len(stream) < 2:
         raise InputError("data: a split of a single token leaves nothing to predict")
     return stream
+
+
+def token_digests(tokenizer: PreTrainedTokenizerBase, streams: dict[str, TokenStream]) -> dict[str, str]:
+    """SHA-256 of each stream and of the vocabulary: by these a text and its tokenizer are known wherever they lie."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    digests = {name: stream.digest() for name, stream in streams.items()}
+    return digests | {"vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest()}
+
+
+def position_of(value: Any) -> int:
+    """`value`, from a checkpoint, if it can be a position. Raises ValueError."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} is no position in the data")
+    return value
 
 
 def inputs_and_targets(windows: torch.Tensor) -> torch.Tensor:
@@ -272,7 +320,7 @@ class Windows(ABC):
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+        self.position = position_of(state["position"])
 
 
 class RandomWindows(Windows):
@@ -324,9 +372,10 @@ class StreamedWindows:
 
     def document_batches(self) -> Iterator[list[str]]:
         while True:
-            for batch in self.documents.iter(batch_size=DOCUMENT_BATCH):
-                self.position = self.documents.state_dict()  # which does not tell a loaded position before it is read
-                yield batch["text"]
+            with readable(STREAM):
+                for batch in self.documents.iter(batch_size=DOCUMENT_BATCH):
+                    self.position = self.documents.state_dict()  # which tells no loaded position before it is read
+                    yield batch["text"]
             self.documents.set_epoch(self.documents.epoch + 1)  # a loaded position holds for one epoch only
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -367,7 +416,8 @@ class StreamedWindows:
 
     def follow(self, state: dict[str, Any]) -> None:
         """Take over the state of a worker, in the process that does not read."""
-        self.position, self.used, self.read_tokens = state["position"], state["used"], state["read_tokens"]
+        self.position = state["position"]
+        self.used, self.read_tokens = position_of(state["used"]), position_of(state["read_tokens"])
 
 
 class WorkerWindows:
@@ -397,7 +447,10 @@ class WorkerWindows:
                 multiprocessing_context="spawn",
             )
             self.batches = iter(loader)
-        batch, state = next(self.batches)
+        try:
+            batch, state = next(self.batches)
+        except InputError as error:  # with the traceback of the worker, whose last line it is
+            raise InputError(str(error).splitlines()[-1].partition(": ")[2]) from error
         self.readers[self.turn].follow(state)
         self.turn = (self.turn + 1) % len(self.readers)
         return batch
@@ -412,7 +465,7 @@ class WorkerWindows:
         return {"turn": self.turn, "readers": [reader.state_dict() for reader in self.readers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.turn = state["turn"]
+        self.turn = position_of(state["turn"]) % len(self.readers)
         for reader, of_reader in zip(self.readers, state["readers"], strict=True):
             reader.load_state_dict(of_reader)
 

@@ -1,10 +1,14 @@
 """What a run leaves for people: metrics and starts as JSON lines, the loss curve as a picture, and the model card."""
 
+import hashlib
 import json
 import math
+import os
 import platform
+import re
+import shlex
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -21,14 +25,28 @@ from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.cells import cell_of
 from modeling_minrnn.diagnose import StateReport
 
-from .checkpoint import SETTINGS_FILE, Progress, TrainingState, write_file
+from .checkpoint import (
+    CARD_FILE,
+    FULL_METRICS_FILES,
+    LOSS_CURVE_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    STARTS_FILE,
+    Progress,
+    TrainingState,
+    nonfinite_file,
+    settings_yaml,
+    sha256,
+    step_of,
+    write_file,
+)
 from .config import STDLIB, DataConfig, InputError, RunConfig
 from .sharded import whole
 
-METRICS_FILE = "metrics.jsonl"
 METRICS_FILE_BYTES = 2**24
-STARTS_FILE = "starts.jsonl"
-LOSS_CURVE_FILE = "loss_curve.png"
+# Settings that are paths.
+PATHS = ("data.dataset", "data.files", "data.held_out_files", "data.tokenizer", "train.output_dir")
+NEW_CARD_FILE = "README.new.md"
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
 
@@ -49,14 +67,14 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
             full = file.tell() >= METRICS_FILE_BYTES
         if full:
-            number = len(metrics_files(self.path.parent))
-            self.path.replace(self.path.with_stem(f"{self.path.stem}-{number:04d}"))
+            numbers = [int(path.stem.rpartition("-")[2]) for path in self.path.parent.glob(FULL_METRICS_FILES)]
+            self.path.replace(self.path.with_stem(f"{self.path.stem}-{max(numbers, default=0) + 1:04d}"))
 
 
 def metrics_files(folder: Path) -> list[Path]:
     """Oldest first."""
     current = folder / METRICS_FILE
-    return sorted(folder.glob(f"{current.stem}-*.jsonl")) + [current] * current.exists()
+    return sorted(folder.glob(FULL_METRICS_FILES)) + [current] * current.exists()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -77,35 +95,60 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_start(folder: Path, command: str, processes: int, device: str, step: int) -> None:
-    """A line about each start of a run: when, from which step, with which command, code, versions and devices."""
+def write_start(
+    folder: Path, command: str, accelerator: Accelerator, step: int, changed: dict[str, Any], notes: list[str]
+) -> None:
+    """A line about each start of a run: when, from which step, with which command, code, versions and devices.
+
+    changed: the settings that hold from the next step on, but did not hold before it.
+    """
     start = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "step": step,
         "command": command,
+        "changed": changed,
+        "notes": notes,
         "commit": code_commit(),
         "versions": versions(),
-        "processes": processes,
-        "device": device,
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
     }
-    with (folder / STARTS_FILE).open("a") as file:
-        file.write(json.dumps(start) + "\n")
+    append_to_starts(folder, step, start)
 
 
 def write_end(folder: Path, step: int, exit_code: int) -> None:
     """A line about the end of the last start, with the exit code that a launcher hides; none after a kill or error."""
+    append_to_starts(folder, step, {"exit_code": exit_code})
+
+
+def append_to_starts(folder: Path, step: int, row: dict[str, Any]) -> None:
+    path = folder / STARTS_FILE
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    with (folder / STARTS_FILE).open("a") as file:
-        file.write(json.dumps({"time": time, "step": step, "exit_code": exit_code}) + "\n")
+    rows = [*read_starts(folder), {"time": time, "step": step, **row}]
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    path = folder / STARTS_FILE
+    return read_rows(path) if path.exists() else []
+
+
+def lasting_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts without those whose steps were lost, because a later one began no later."""
+    lasting: list[dict[str, Any]] = []
+    for row in read_starts(folder):
+        if "command" in row:
+            lasting = [start for start in lasting if start["step"] < row["step"]] + [row]
+    return lasting
 
 
 def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState, losses: list[torch.Tensor]) -> Path:
     """Called by all processes after a backward pass with a loss or gradient that is not finite; returns the file.
 
     It names the windows of the batch by their first token in the training data, the losses of each process and
-    micro-batch, and the L2 norm of each parameter and of its gradient.
+    micro-batch, and the L2 norm of each parameter and of its gradient; "after": the SHA-256 of the manifest of the
+    checkpoint that this step followed at once.
     """
-    path = folder / f"nonfinite-{state.progress.step + 1:08d}.json"
+    step = state.progress.step
+    path, saved = nonfinite_file(folder, step + 1), state.checkpoint
     batch = gather_object([{"windows": state.batches.window_starts, "losses": torch.stack(losses).tolist()}])
     norms = {
         name: {"parameter": whole(parameter.norm()).item(), "gradient": whole(parameter.grad.norm()).item()}
@@ -113,7 +156,9 @@ def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState
         if parameter.grad is not None
     }
     if accelerator.is_main_process:
-        write_file(path, json.dumps({"step": state.progress.step + 1, "processes": batch, "norms": norms}, indent=1))
+        after = sha256(saved / MANIFEST_FILE) if saved and step_of(saved) == step else None
+        report = {"step": step + 1, "after": after, "processes": batch, "norms": norms}
+        write_file(path, json.dumps(report, indent=1))
     return path
 
 
@@ -158,10 +203,11 @@ class TrainedModel:
     """What a model card says beyond the settings of the run. What is not known it leaves out."""
 
     parameters: int
-    command: str
+    command: str  # or several, a line each
     commit: str | None = None  # of the code that trained it
     versions: dict[str, str] = field(default_factory=dict)  # of Python and of packages
     best_step: int | None = None
+    tokens: int | None = None  # until then
     scores: dict[str, float] = field(default_factory=dict)  # as held_out_scores has them
     loss_curve: str | None = None  # a picture beside the card
 
@@ -178,8 +224,9 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         corpus = f"questions of the synthetic task {data.task}"
         held_out = "questions of {} to {} tokens".format(*data.held_out_lengths)
     else:
-        corpus = {STDLIB: "the source of Python's standard library"}.get(data.dataset, data.dataset)
-        corpus = corpus or ", ".join("/".join(Path(file).parts[-2:]) for file in data.files)
+        dataset = data.dataset and relative_path(data.dataset)
+        corpus = {STDLIB: "the source of Python's standard library"}.get(dataset, dataset)
+        corpus = corpus or ", ".join("/".join(Path(relative_path(file)).parts[-2:]) for file in data.files)
         held_out = "over the whole held-out split, read once with the state carried through it"
     unit = "character" if data.tokenizer == "character" else "token"
     labels = {
@@ -190,7 +237,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=data.dataset or "text",
+            dataset_type=data.dataset and relative_path(data.dataset) or "text",
             dataset_name=corpus,
             dataset_split="held out",
             metric_type=key,
@@ -207,7 +254,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
             license=config.hub.license,
             pipeline_tag="text-generation",
             tags=[MinRNNConfig.model_type],
-            datasets=[data.dataset] if data.dataset and data.dataset != STDLIB else None,
+            datasets=[relative_path(data.dataset)] if data.dataset and data.dataset != STDLIB else None,
             model_name=name,
             eval_results=results or None,
         ),
@@ -220,7 +267,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         scores=results,
         loss_curve=model.loss_curve,
         best_step=model.best_step,
-        tokens=f"{(model.best_step or 0) * config.train.batch_size * config.train.sequence_length:,}",
+        tokens=f"{model.tokens or 0:,}",
         command=model.command,
         code=", ".join(code),
         prompt=json.dumps(config.train.sample_prompts[0] if config.train.sample_prompts else ""),
@@ -229,23 +276,75 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
     )
 
 
-def write_model_card(
-    folder: Path, config: RunConfig, model: PreTrainedModel, progress: Progress, command: str
-) -> None:
-    """README.md of the model that a run has left in `folder`."""
+def write_model_card(folder: Path, config: RunConfig, model: PreTrainedModel, progress: Progress) -> Path:
+    """README.md of the model that a run has left in `folder`, or where the user has edited that, a file beside it.
+
+    Returns the file.
+    """
     rows = [row for row in read_metrics(folder) if row["step"] == progress.best_step and "held_out_loss" in row]
     scores = {key: value for row in rows for key, value in row.items() if key != "step"}
     trained = TrainedModel(
         parameters=model.num_parameters(),
-        command=command,
+        command="\n".join(commands_of(lasting_starts(folder))),
         commit=code_commit(),
         versions=versions(),
         best_step=progress.best_step,
+        tokens=progress.best_tokens,
         scores=scores,
         loss_curve=LOSS_CURVE_FILE,
     )
     name = config.hub.repository or folder.resolve().name
-    model_card(name, config, (folder / SETTINGS_FILE).read_text(), trained).save(folder / "README.md")
+    content = str(model_card(name, config, settings_yaml(without_folders(config)), trained))
+    path = folder / CARD_FILE
+    own = {row["card"] for row in read_starts(folder) if "card" in row}
+    if path.exists() and digest_of(path.read_text()) not in own:
+        path = path.with_name(NEW_CARD_FILE)
+    append_to_starts(folder, progress.step, {"card": digest_of(content)})
+    write_file(path, content)
+    return path
+
+
+def digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def commands_of(starts: list[dict[str, Any]]) -> list[str]:
+    """The command of each start, before the later ones their first step and what they changed."""
+    lines = []
+    for start in starts:
+        words = [without_folder(word) for word in shlex.split(start["command"])]
+        if start["step"]:
+            changed = [without_folder(f"{key}={value}") for key, value in start.get("changed", {}).items()]
+            lines.append(
+                f"# from step {start['step'] + 1} on" + (f", changed: {', '.join(changed)}" if changed else "")
+            )
+        lines += [shlex.join(words), *(f"# {note}" for note in start.get("notes", []))]
+    return lines
+
+
+def relative_path(path: str) -> str:
+    """What a reader elsewhere may know of a path: relative to the current folder, of others the name alone."""
+    if not os.path.isabs(path):
+        return path
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else Path(path).name
+
+
+def without_folder(word: str) -> str:
+    """A word of a command, KEY=PATH or KEY=[PATH, ...] or PATH, with relative paths."""
+    key, equals, value = word.partition("=")
+    if key not in PATHS:
+        return relative_path(word)
+    return key + equals + re.sub(r"(?<![^\['\" ,])/[^,\]'\"]*", lambda match: relative_path(match[0]), value)
+
+
+def without_folders(config: RunConfig) -> RunConfig:
+    sections = {}
+    for section, key in (path.split(".") for path in PATHS):
+        values = sections.get(section, getattr(config, section))
+        value = getattr(values, key)
+        short = [relative_path(path) for path in value] if isinstance(value, list) else value and relative_path(value)
+        sections[section] = replace(values, **{key: short})
+    return replace(config, **sections)
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .config import InputError, RunConfig, nearest
-from .data import IGNORED
+from .data import IGNORED, position_of
 from .tokenizers import character_tokenizer
 
 MARK = "?"
@@ -152,7 +152,7 @@ class TaskBatches:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
+        self.position = position_of(state["position"])
 
 
 class HeldOutQuestions:

@@ -29,7 +29,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.harness import Report, parser
 from benchmarks.paper.models import Family, parameters
-from benchmarks.paper.training import train
+from benchmarks.paper.training import mixed_precision, train
 from benchmarks.paper.trajectories import (
     TASKS,
     Array,
@@ -147,7 +147,7 @@ class Trajectories:
 def action_loss(model: DecisionModel, *tensors: Tensor) -> Tensor:
     """Of a batch of `Trajectories.batches`."""
     *inputs, actions, real = tensors
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         answers = model(*inputs)
     return (cross_entropy if model.discrete else mse_loss)(answers[real].float(), actions[real])
 

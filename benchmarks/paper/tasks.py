@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Report, parser
 from benchmarks.paper.models import Family, parameters
-from benchmarks.paper.training import train
+from benchmarks.paper.training import mixed_precision, train
 from training.config import RunConfig, load_config
 from training.data import IGNORED
 from training.tasks import TASKS, HeldOutQuestions, TaskBatches, load_task
@@ -56,7 +56,7 @@ def accuracy(model: nn.Module, held_out: HeldOutQuestions) -> float:
     model.eval()
     right = count = 0
     for inputs, targets in held_out.batches(EVALUATION_TOKENS):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             guesses = model(inputs).argmax(-1)
         right += (guesses == targets).sum().item()
         count += (targets != IGNORED).sum().item()

@@ -9,14 +9,20 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from training.data import IGNORED
+from training.precision import SLOW_BF16, emulates_bf16
 
 GRADIENT_NORM = 1.0
+
+
+def mixed_precision() -> torch.autocast:
+    """Products in bfloat16, in float32 where the CPU would emulate them; a row has which, as `bf16`."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=not emulates_bf16())
 
 
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Nats per target; inputs and targets (B, T), IGNORED where there is none."""
     scored = targets != IGNORED
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         logits = model(inputs)
     return cross_entropy(logits[scored].float(), targets[scored])
 
@@ -36,11 +42,13 @@ def train(
     """Trains in place with AdamW and yields the number of each step after it, so that the caller may look or stop.
 
     The learning rate rises over the fraction `warmup` of the steps and then goes down to `final_rate` of itself along
-    a cosine; gradient norm clipped to 1; products in bfloat16.
+    a cosine; gradient norm clipped to 1; products as in `mixed_precision`.
 
     groups: of parameters, with their weight decay; None: all, without.
     loss: of the model and the tensors of a batch.
     """
+    if emulates_bf16():
+        print(SLOW_BF16)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(groups or parameters, learning_rate, betas=betas, weight_decay=0.0, fused=True)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
