@@ -14,8 +14,8 @@ from huggingface_hub import metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from omegaconf import OmegaConf
 
-from model_cards.write import CARDS
-from training.report import read_metrics
+from model_cards.write import CARDS, read_config
+from training.report import TrainedModel, model_card, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,6 +58,15 @@ def test_committed_cards_give_the_measured_figures_and_no_others():
     assert all(f"{package} {version}" in text for package, version in row["versions"].items())
     _, metrics, text = read(ROOT / "model_cards/demo.md")
     assert metrics == {} and "loss:" not in text and "![" not in text
+
+
+def test_a_card_cites_the_paper_of_each_cell_and_no_other():
+    config, settings = read_config("demo")
+    for cell_type, papers in (("mingru", ["2410.01201"]), (["lru", "rwkv4", "lru"], ["2303.06349", "2305.13048"])):
+        config.model["cell_type"] = cell_type
+        text = model_card("demo", config, settings, TrainedModel(1, command="make train")).content
+        assert re.findall(r"\[arXiv (.*?)\]\(https://arxiv.org/abs/\1\)", text) == papers
+        assert re.findall("arxiv.org", text) == ["arxiv.org"] * len(papers)
 
 
 def test_the_card_of_a_run_says_how_the_model_was_made_and_how_good_it_is(tmp_path):

@@ -261,6 +261,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         template_path=str(CARD_TEMPLATE),
         name=name,
         cell=" and ".join(dict.fromkeys(cell_of(name).label for name in cells)),
+        sources=list(dict.fromkeys(cell_of(name).source for name in cells)),
         parameters=f"{model.parameters:,}",
         corpus=corpus,
         held_out=held_out,
