@@ -362,13 +362,13 @@ def model_config(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    vocab_size = arguments.get("vocab_size", len(tokenizer))
+    if isinstance(vocab_size, int) and vocab_size < len(tokenizer):
+        raise InputError(f"model.vocab_size is {vocab_size}: the tokenizer has {len(tokenizer)} tokens")
     try:
-        config = MinRNNConfig(**of_tokenizer | arguments)
+        return MinRNNConfig(**of_tokenizer | arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"model: {one_line(error)}") from error
-    if config.vocab_size < len(tokenizer):
-        raise InputError(f"model.vocab_size is {config.vocab_size}: the tokenizer has {len(tokenizer)} tokens")
-    return config
 
 
 def build_model(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> MinRNNForCausalLM:

@@ -601,10 +601,13 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         self._refuse_missing_tokens(kwargs.get("input_ids") if inputs is None else inputs, **kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def _prepare_attention_mask_for_generation(self, *args, **kwargs) -> Tensor:
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, *args, **kwargs) -> Tensor:
         """Of tokens that come without a mask: transformers assumes one, by the padding token."""
-        attention_mask = super()._prepare_attention_mask_for_generation(*args, **kwargs)
-        self._refuse_padding_on_the_right(attention_mask)
+        attention_mask = super()._prepare_attention_mask_for_generation(
+            inputs_tensor, generation_config, *args, **kwargs
+        )
+        if not generation_config.is_assistant:  # which is given what was generated, whatever it ends in
+            self._refuse_padding_on_the_right(attention_mask)
         return attention_mask
 
     def _refuse_padding_on_the_right(self, attention_mask: Tensor) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import CASES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import run_in_processes
@@ -19,7 +20,6 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_se
 from transformers.distributed import DistributedConfig
 
 from modeling_minrnn import MinRNNForCausalLM, load_state, save_state, sequence_chunked_backward
-from modeling_minrnn.cells import CELLS
 from modeling_minrnn.export import export_onnx, export_programs
 
 H = 12
@@ -444,7 +444,7 @@ torch.save((model(ids).logits, tokens), folder + "/results.pt")
 def test_a_saved_model_of_all_cells_loads_with_its_code_where_the_package_is_not(tmp_path):
     ids = random_ids(2, 9)
     torch.save(ids, tmp_path / "ids.pt")
-    cells = list(CELLS)
+    cells = sorted({cell.name for cell in CASES.values()})
     options = {"num_heads": 3, "memory_order": 3, "memory_window": 9}
     model = model_of("mingru", cell_type=cells, num_hidden_layers=len(cells), **options)
     model.save_pretrained(tmp_path / "model")

@@ -60,8 +60,10 @@ def test_every_other_variant_compiles_without_a_spill():
         dict(dtype="fp16", masks=["padding_mask"]),
         dict(dtype="fp32", masks=["reset_mask", "padding_mask"], D=33),
     ]
+    # minGRU makes the same loads with fewer registers: one choice is enough of it.
+    cells = [("minlstm", choices), ("mingru", choices[-1:])]
     variants = [
-        dict(kernel=kernel, cell_type=cell) | choice for kernel in KERNELS for cell in CELLS for choice in choices
+        dict(kernel=kernel, cell_type=cell) | choice for kernel in KERNELS for cell, some in cells for choice in some
     ]
     for variant, code in zip(variants, compile_variants(variants)):
         assert code["stack_bytes"] == 0, variant

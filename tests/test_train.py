@@ -128,7 +128,7 @@ def test_the_output_folder_has_the_losses_and_their_curve(run):
 
 def test_the_model_folder_keeps_the_best_evaluation_not_the_last(run):
     too_high = {"train.learning_rate": 3.0, "train.min_learning_rate_ratio": 1.0, "train.warmup_steps": 0}
-    folder = run(**too_high, **{"train.eval_every_steps": 1})
+    folder = run(**too_high, **{"train.eval_every_steps": 1, "train.steps": 6})
     held_out = losses(folder, "held_out_loss")
     assert min(held_out) < held_out[-1]
     model = AutoModelForCausalLM.from_pretrained(folder)
