@@ -37,6 +37,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .backends import resolve_backend
 from .cache_minrnn import MAX_ROLLBACK_TOKENS, LayerState
 from .causal_conv import causal_conv, windows_after
 from .cells import cell_of
@@ -470,20 +471,47 @@ class MinRNNModel(MinRNNPreTrainedModel):
         reverse_masks = masks.reversed(self.config.conv_kernel_size) if self.config.bidirectional else None
 
         hidden_states = self.dropout(given if input_ids is None else self._embed(given))
+        decode_layer = None
+        if T == 1 and past_key_values is not None and masks == NO_MASKS and context_parallel_group is None:
+            decode_layer = self._decoder(hidden_states)
         for i, layer in enumerate(layers):
             cache_layer = None if past_key_values is None else past_key_values.layers[i]
-            hidden_states, *left = layer(
-                hidden_states,
-                masks,
-                carried=None if cache_layer is None else cache_layer.read(),
-                reverse_masks=reverse_masks,
-                context_parallel_group=context_parallel_group,
-            )
+            carried = None if cache_layer is None else cache_layer.read()
+            left = None if decode_layer is None else decode_layer(layer, hidden_states, carried)
+            if left is None:
+                left = layer(
+                    hidden_states,
+                    masks,
+                    carried=carried,
+                    reverse_masks=reverse_masks,
+                    context_parallel_group=context_parallel_group,
+                )
+            hidden_states, *left = left
             if cache_layer is not None:
                 cache_layer.update(*left, num_tokens=num_tokens or T)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _decoder(self, hidden_states: Tensor) -> Callable | None:
+        """`decode_numba.decode_layer` where kernels may stand for layers: no compiling, tracing or differentiating."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.training
+            or self.config.scan_backend not in ("auto", "numba")
+            or type(hidden_states) is not Tensor
+            or resolve_backend(self.config.scan_backend, hidden_states.device.type, hidden_states.dtype) != "numba"
+            or torch.is_autocast_enabled("cpu")
+            or torch._C._get_tracing_state() is not None
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0
+            or torch.nn.modules.module._has_any_global_hook()
+        ):
+            return None
+        from .decode_numba import decode_layer
+
+        return decode_layer
 
     def _check_state(self, use_cache, past_key_values, context_parallel_group, num_layers) -> None:
         """Raise ValueError for a state, or processes, that this model cannot continue with."""

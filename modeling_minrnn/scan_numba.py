@@ -716,7 +716,7 @@ def output(tensor):
     return tensor if tensor.dtype == torch.float32 else torch.empty(tensor.shape, dtype=torch.float32)
 
 
-def _derived(cell, parameters):
+def derived(cell, parameters):
     """q (1 or 2, D) of the kernels, from the parameters of a cell."""
     first, *others = parameters
     of_first = {"rglru": lambda x: 8 * softplus(x), "hgrn": torch.sigmoid, "rwkv4": torch.exp}
@@ -729,7 +729,7 @@ def _kernel_and_q(inputs: ScanInputs, kernel_of):
     E = inputs.cell.log_sums(D)
     q, pull_back = torch.zeros(1, D, dtype=torch.float32), lambda d_q: [torch.zeros_like(inputs.parameters)]
     if len(inputs.parameters):
-        q, pull_back = derivative(functools.partial(_derived, inputs.cell), inputs.parameters)
+        q, pull_back = derivative(functools.partial(derived, inputs.cell), inputs.parameters)
     unit = math.lcm(16, D // E) if code & AAREN else 16  # heads stay whole
     kernel = kernel_of(code, len(inputs.cell.blocks(D)))
     return lambda arguments, B: run(kernel, arguments, B, D, unit), dense(q), pull_back

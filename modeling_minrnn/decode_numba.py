@@ -1,0 +1,295 @@
+"""One token through one layer as one CPU kernel, so that a decoding step costs little more than to read the weights.
+
+B batch, H hidden size, D width of h, E log-sums, P width of `projected`, K kernel size, M width of the MLP.
+Norms, products and activations are computed in float32; the recurrence is that of a scan, `scan_numba.forward_row`.
+Weights are read at each call where the modules keep them, so a change of them is seen.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .cache_minrnn import LayerState
+from .modeling_minrnn import MinRNNCausalConv, MinRNNDecoderLayer, MinRNNMLP, MinRNNRecurrence
+from .scan_numba import (
+    ANY_LENGTH,
+    RWKV,
+    allocate,
+    blocks_at,
+    code_of,
+    compile_kernel,
+    copy,
+    dense,
+    derived,
+    exp_nonpositive,
+    floats,
+    forward_row,
+    int64,
+    np,
+    numba,
+    release,
+    run,
+    rwkv_forward_row,
+    scalar,
+    sigmoids,
+    state_at,
+    voidptr,
+)
+
+# Sums of products may be taken in any order, as a matrix product takes them.
+REDUCTION = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp", "reassoc"}}
+WEIGHTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+ACTIVATIONS = {type(ACT2FN["gelu"]): 0, type(ACT2FN["silu"]): 1, type(ACT2FN["relu"]): 2}
+
+
+def widened(weight):
+    """A weight as float32."""
+
+
+@numba.extending.overload(widened, inline="always")
+def _(weight):
+    if weight == numba.uint16:  # the upper half of a float32
+        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
+    return lambda weight: weight
+
+
+@scalar
+def erf(x):
+    """To 1.5e-7 (Abramowitz and Stegun, 7.1.26)."""
+    size = abs(x)
+    t = np.float32(1.0) / (np.float32(1.0) + np.float32(0.3275911) * size)
+    p = np.float32(1.061405429) * t - np.float32(1.453152027)
+    p = ((p * t + np.float32(1.421413741)) * t - np.float32(0.284496736)) * t + np.float32(0.254829592)
+    y = np.float32(1.0) - p * t * exp_nonpositive(-size * size)
+    return y if x >= np.float32(0.0) else -y
+
+
+@scalar
+def activated(activation, x):
+    if activation == 0:
+        return np.float32(0.5) * x * (np.float32(1.0) + erf(x * np.float32(0.70710678)))
+    if activation == 1:
+        return x * sigmoids(x)[0]
+    return x if x >= np.float32(0.0) else np.float32(0.0)
+
+
+@numba.njit(**REDUCTION)
+def normalize(x, weight, y, B, H, eps):
+    for b in range(B):
+        row, out = x[b * H : b * H + H], y[b * H : b * H + H]
+        total = np.float32(0.0)
+        for i in range(H):
+            total += row[i] * row[i]
+        scale = np.float32(1.0 / math.sqrt(total / H + eps))
+        for i in range(H):
+            out[i] = row[i] * scale * widened(weight[i])
+
+
+MANY_ROWS = 16  # of a batch: from here on it pays to read x less often than to read the weights in one stream
+
+
+@numba.njit(**REDUCTION)
+def product(weight, bias, has_bias, x, y, B, n, k, accumulates):
+    """y (B, n) = x (B, k) @ weight (n, k).T + bias, or that added to y."""
+    if B < MANY_ROWS:
+        for i in range(n):
+            w, shift = weight[i * k : i * k + k], widened(bias[i]) if has_bias else np.float32(0.0)
+            for b in range(0, B - 3, 4):
+                x0, x1 = x[b * k : b * k + k], x[(b + 1) * k : (b + 1) * k + k]
+                x2, x3 = x[(b + 2) * k : (b + 2) * k + k], x[(b + 3) * k : (b + 3) * k + k]
+                s0 = s1 = s2 = s3 = shift
+                for j in range(k):
+                    value = widened(w[j])
+                    s0 += value * x0[j]
+                    s1 += value * x1[j]
+                    s2 += value * x2[j]
+                    s3 += value * x3[j]
+                for c, total in enumerate((s0, s1, s2, s3)):
+                    at = (b + c) * n + i
+                    y[at] = total + y[at] if accumulates else total
+            for b in range(B - B % 4, B):
+                x0, total = x[b * k : b * k + k], shift
+                for j in range(k):
+                    total += widened(w[j]) * x0[j]
+                y[b * n + i] = total + y[b * n + i] if accumulates else total
+        return
+    for i in range(0, n, 4):
+        # Past the last weight or row the last one is taken again, and the result not kept.
+        i1, i2, i3 = min(i + 1, n - 1), min(i + 2, n - 1), min(i + 3, n - 1)
+        w0, w1 = weight[i * k : i * k + k], weight[i1 * k : i1 * k + k]
+        w2, w3 = weight[i2 * k : i2 * k + k], weight[i3 * k : i3 * k + k]
+        for b in range(0, B, 2):
+            last = min(b + 1, B - 1)
+            x0, x1 = x[b * k : b * k + k], x[last * k : last * k + k]
+            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0.0)
+            for j in range(k):
+                u, v = x0[j], x1[j]
+                a0, a1, a2, a3 = widened(w0[j]), widened(w1[j]), widened(w2[j]), widened(w3[j])
+                s0 += a0 * u
+                s1 += a1 * u
+                s2 += a2 * u
+                s3 += a3 * u
+                t0 += a0 * v
+                t1 += a1 * v
+                t2 += a2 * v
+                t3 += a3 * v
+            for c, totals in enumerate(((s0, t0), (s1, t1), (s2, t2), (s3, t3))):
+                if i + c < n:
+                    shift = widened(bias[i + c]) if has_bias else np.float32(0.0)
+                    for row in range(b, last + 1):
+                        at = row * n + i + c
+                        y[at] = totals[row - b] + shift + (y[at] if accumulates else np.float32(0.0))
+
+
+@numba.njit
+def convolve(x, window, weight, out, out_window, B, H, K):
+    """out = x + conv(x), and the window after the token; weight: (H, K)."""
+    W = (K - 1) * H
+    for b in range(B):
+        for i in range(H):
+            total = x[b * H + i] * widened(weight[i * K + K - 1])
+            for k in range(K - 1):
+                total += window[b * W + k * H + i] * widened(weight[i * K + k])
+            out[b * H + i] = x[b * H + i] + total
+        for i in range(W - H):
+            out_window[b * W + i] = window[b * W + H + i]
+        for i in range(max(W - H, 0), W):
+            out_window[b * W + i] = x[b * H + i - (W - H)]
+
+
+@functools.cache  # compiled when it is used
+def layer_kernel_of(code: int, columns: int, dtype):
+    """The kernel of a cell with so many blocks of `projected`, for weights of a numpy dtype.
+
+    Sizes, then what comes in, what goes out, and the weights; an address may be anything where the part is missing: no
+    convolution for K = 0, no MLP for M = 0, and flags.
+    """
+
+    @compile_kernel(*[int64] * 10, numba.float64, *[voidptr] * 18)
+    def layer_kernel(
+        H, D, E, P, K, M, has_bias, is_gated, has_mlp_bias, activation, eps,
+        x, window, state, out, out_window, out_state, conv, rnn_norm, in_proj, in_bias, q, gate_proj, out_proj,
+        mlp_norm, up_proj, up_bias, down_proj, down_bias, b_start, b_stop, d_start, d_stop,
+    ):  # fmt: skip
+        B, S, W, wide = b_stop - b_start, D + E, max(K - 1, 0) * H, max(M, D)
+        x, out = floats(x)[b_start * H :], floats(out)[b_start * H :]
+        window, out_window = floats(window)[b_start * W :], floats(out_window)[b_start * W :]
+        state, out_state, q = floats(state)[b_start * S :], floats(out_state)[b_start * S :], floats(q)
+        bias = numba.carray(in_bias, ANY_LENGTH, dtype)
+        scratch, wide_scratch = allocate(4 * (B * (H + P + D + wide) + 6 * D)), allocate(8 * 3 * D)
+        rows, carries = numba.carray(scratch, (6, D), np.float32), numba.carray(wide_scratch, (3, D), np.float64)
+        carry, L, larger = carries[0], carries[1][:E], carries[2]
+        memory = floats(scratch)[6 * D :]
+        normed, projected = memory[: B * H], memory[B * H : B * (H + P)]
+        read, inner = memory[B * (H + P) : B * (H + P + D)], memory[B * (H + P + D) : B * (H + P + D + wide)]
+
+        if K > 0:
+            convolve(x, window, numba.carray(conv, ANY_LENGTH, dtype), out, out_window, B, H, K)
+        else:
+            out[: B * H] = x[: B * H]
+        normalize(out, numba.carray(rnn_norm, ANY_LENGTH, dtype), normed, B, H, eps)
+        product(numba.carray(in_proj, ANY_LENGTH, dtype), bias, has_bias, normed, projected, B, P, H, False)
+        place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
+        for b in range(B):
+            copy((carry, L), state_at(state, b * S, state, b * S + D, place))
+            after, h = state_at(out_state, b * S, out_state, b * S + D, place), read[b * D : b * D + D]
+            p = blocks_at(code, projected, b * P, D, E, columns, place)
+            if code & RWKV:
+                rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
+            else:
+                forward_row(code, p, of_cell, carry, L, h, rows)
+            copy(after, (carry, L))
+        if is_gated:
+            product(numba.carray(gate_proj, ANY_LENGTH, dtype), bias, False, normed, inner, B, D, H, False)
+            for i in range(B * D):
+                read[i] *= activated(1, inner[i])
+        product(numba.carray(out_proj, ANY_LENGTH, dtype), bias, False, read, out, B, H, D, True)
+        if M > 0:
+            normalize(out, numba.carray(mlp_norm, ANY_LENGTH, dtype), normed, B, H, eps)
+            up_bias, down_bias = numba.carray(up_bias, ANY_LENGTH, dtype), numba.carray(down_bias, ANY_LENGTH, dtype)
+            up_proj, down_proj = numba.carray(up_proj, ANY_LENGTH, dtype), numba.carray(down_proj, ANY_LENGTH, dtype)
+            product(up_proj, up_bias, has_mlp_bias, normed, inner, B, M, H, False)
+            for i in range(B * M):
+                inner[i] = activated(activation, inner[i])
+            product(down_proj, down_bias, has_mlp_bias, inner, out, B, H, M, True)
+        release(scratch)
+        release(wide_scratch)
+
+    return layer_kernel
+
+
+def decode_layer(layer, hidden_states: Tensor, carried: LayerState) -> tuple[Tensor, Tensor, Tensor, list] | None:
+    """MinRNNDecoderLayer.forward for one token a row, (B, 1, H), without masks and gradients.
+
+    None where the kernel would not compute what the modules of the layer do: for a cell without gates in `scan_numba`,
+    where a module is not the stock one or has hooks, and for weights that are not dense and of one dtype on the CPU.
+    """
+    # By the dictionaries behind the attributes, which nn.Module looks up at five times the price.
+    parts = layer._modules
+    rnn, conv, mlp = parts["rnn"], parts.get("conv"), parts.get("mlp")
+    of_rnn = rnn._modules
+    linears = [of_rnn["in_proj"], of_rnn["out_proj"]]
+    modules: list[tuple[nn.Module, type]] = [
+        (layer, MinRNNDecoderLayer),
+        (rnn, MinRNNRecurrence),
+        (parts["rnn_norm"], nn.RMSNorm),
+    ]
+    gate_proj, code, activation = of_rnn.get("gate_proj"), code_of(rnn.cell), 0
+    if conv is not None:
+        modules.append((conv, MinRNNCausalConv))
+    if gate_proj is not None:
+        linears.append(gate_proj)
+    up_proj = down_proj = None
+    if mlp is not None:
+        up_proj, down_proj, act_fn = (mlp._modules[name] for name in ("up_proj", "down_proj", "act_fn"))
+        linears += [up_proj, down_proj]
+        modules += [(mlp, MinRNNMLP), (parts["mlp_norm"], nn.RMSNorm), (act_fn, type(act_fn))]
+        activation = ACTIVATIONS.get(type(act_fn), -1)
+    if code < 0 or activation < 0:
+        return None
+    modules += [(linear, nn.Linear) for linear in linears]
+    for module, kind in modules:
+        if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+
+    conv_weight, norm, mlp_norm = _weight(conv), _weight(parts["rnn_norm"]), _weight(parts.get("mlp_norm"))
+    in_weight, in_bias = linears[0]._parameters["weight"], linears[0]._parameters["bias"]
+    of_mlp = mlp_norm, _weight(up_proj), _bias(up_proj), _weight(down_proj), _bias(down_proj)
+    weights = conv_weight, norm, in_weight, in_bias, _weight(gate_proj), _weight(linears[1]), *of_mlp
+    dtype = in_weight.dtype
+    if dtype not in WEIGHTS:
+        return None
+    for weight in weights:
+        if weight is not None and not (
+            type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_contiguous()
+        ):
+            return None
+
+    (B, _, H), D, cell = hidden_states.shape, rnn.state_size, rnn.cell
+    P, M = in_weight.shape[0], 0 if up_proj is None else up_proj.out_features
+    state = dense(carried.state_or(rnn.start(hidden_states).expand(B, -1)))
+    window = dense(carried.window_or(hidden_states.new_zeros(B, layer.window_size, H)))
+    out, out_window = torch.empty(B, 1, H), torch.empty(B, layer.window_size, H)
+    out_state, q = torch.empty(state.shape), state  # q is not read
+    if cell.parameter_names:
+        q = dense(derived(cell, rnn.parameters_of_cell(hidden_states.new_empty(0, P))))
+    kernel = layer_kernel_of(code, len(cell.blocks(D)), WEIGHTS[dtype])
+    arguments = (
+        H, D, state.shape[1] - D, P, 0 if conv is None else layer.window_size + 1, M, in_bias is not None,
+        gate_proj is not None, of_mlp[2] is not None, activation, parts["rnn_norm"].eps, dense(hidden_states), window,
+        state, out, out_window, out_state, *weights[:4], q, *weights[4:],
+    )  # fmt: skip
+    run(kernel, arguments, B, 1)
+    out, out_window = out.to(hidden_states.dtype), out_window.to(hidden_states.dtype)
+    return out, out_state, out_window, [(out_state, out_window)] if carried.record_past else []
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    return None if module is None else module._parameters["weight"]
+
+
+def _bias(module: nn.Module | None) -> Tensor | None:
+    return None if module is None else module._parameters["bias"]

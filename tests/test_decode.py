@@ -1,0 +1,190 @@
+"""A decoding step by kernels gives what the modules of the layers give, and steps aside where it would not."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from cases import CASES
+from small_models import TOLERANCES, assert_close, random_ids, small_model
+from transformers import DynamicCache, StaticCache
+
+decode_numba = pytest.importorskip("modeling_minrnn.decode_numba")
+
+FUSED = [cell for cell in CASES.values() if decode_numba.code_of(cell) >= 0]
+SHAPES = {
+    "plain": {},
+    "bare": {"conv_kernel_size": 0, "intermediate_size": 0, "learned_initial_state": False},
+    "all": {"conv_kernel_size": 2, "mlp_bias": True, "hidden_act": "silu", "output_gate": True},
+    "one token": {"conv_kernel_size": 1, "hidden_act": "relu", "intermediate_size": 5},
+}
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many layers were decoded by a kernel."""
+    calls = []
+    run = decode_numba.run
+    monkeypatch.setattr(decode_numba, "run", lambda *arguments: (calls.append(1), run(*arguments)))
+    return calls
+
+
+def model_of(cell, **fields):
+    options = {name: getattr(cell, name) for name in cell.__dataclass_fields__ if name != "spec"}
+    size = {"hidden_size": 14, "expansion_factor": 2}
+    return small_model(cell.name, **size | options | fields)
+
+
+def two_steps(model, ids, kind=DynamicCache, **options):
+    """Logits of a prompt's last token and of two more, one by one, and the states after them."""
+    cache = kind(config=model.config, **options)
+    with torch.no_grad():
+        logits = [model(part, past_key_values=cache, use_cache=True).logits[:, -1] for part in ids.split([5, 1, 1], 1)]
+    return torch.stack(logits), [x for layer in cache.layers for x in (layer.keys, layer.values)]
+
+
+def by_modules(model, *arguments, **options):
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: None)
+    return two_steps(model, *arguments, **options)
+
+
+@pytest.mark.parametrize("cell", FUSED, ids=lambda cell: cell.spec)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_a_step_by_kernels_is_that_of_the_modules_for_every_cell_and_batch(cell, rows, decoded):
+    model = model_of(cell, max_timescale=30 if cell.remembers_by else None)
+    ids = random_ids(rows, 7)
+    found, expected = two_steps(model, ids), by_modules(model, ids)
+    assert len(decoded) == 2 * len(model.model.layers)
+    for x, y in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        assert x.dtype == y.dtype
+        assert_close(x, y)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("static", [False, True])
+def test_every_part_of_a_layer_is_computed_in_either_dtype(shape, dtype, static, decoded):
+    model = model_of(CASES["minlstm"], **SHAPES[shape]).to(dtype)
+    kind = {"kind": StaticCache, "max_cache_len": 9} if static else {}
+    found, rounded = two_steps(model, random_ids(2, 7), **kind), by_modules(model, random_ids(2, 7), **kind)
+    assert decoded
+    # Nothing is rounded within a layer, so the right values are those of the same weights in float32.
+    expected = by_modules(model.float(), random_ids(2, 7), **kind)
+    for x, y, z in zip([found[0], *found[1]], [expected[0], *expected[1]], [rounded[0], *rounded[1]], strict=True):
+        assert x.dtype == z.dtype
+        assert_close(x, y, TOLERANCES[dtype])
+
+
+def test_a_changed_weight_is_seen(decoded):
+    model, ids = small_model(), random_ids(1, 7)
+    two_steps(model, ids)
+    other = small_model(seed=1)
+    for change in (
+        lambda: model.load_state_dict(other.state_dict()),
+        lambda: model.model.layers[0].rnn.in_proj.weight.data.mul_(2),
+        lambda: setattr(model.model.layers[1].mlp, "up_proj", torch.nn.Linear(14, 56, bias=False)),
+        lambda: setattr(model.model.layers[1].rnn_norm, "weight", torch.nn.Parameter(torch.rand(14))),
+    ):
+        before = two_steps(model, ids)[0]
+        change()
+        assert_close(two_steps(model, ids)[0], by_modules(model, ids)[0])
+        assert not torch.equal(before, two_steps(model, ids)[0])
+    assert len(decoded) % 4 == 0 and len(decoded) >= 4 * 9
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    return model.eval()
+
+
+def quantised(model):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model.model.layers, torchao.Int8WeightOnlyConfig())
+    return model
+
+
+def hooked(model):
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda module, arguments, output: output + 1)
+    return model
+
+
+def another_forward(model):
+    for layer in model.model.layers:
+        layer.rnn.forward = lambda *arguments, forward=layer.rnn.forward: (
+            2 * (found := forward(*arguments))[0],
+            *found[1:],
+        )
+    return model
+
+
+def of_two_dtypes(model):
+    for layer in model.model.layers:
+        layer.mlp.double()
+        layer.mlp.register_forward_pre_hook(lambda module, arguments: (arguments[0].double(),))
+        layer.mlp.register_forward_hook(lambda module, arguments, output: output.float())
+    return model
+
+
+def reparametrised(model):
+    for layer in model.model.layers:
+        torch.nn.utils.parametrizations.weight_norm(layer.rnn.out_proj)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "change", [adapted, quantised, hooked, another_forward, of_two_dtypes, reparametrised, cpu_offload],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_a_layer_that_is_not_the_stock_one_is_computed_by_its_modules(change, decoded):
+    model = small_model()
+    changed = change(model)
+    model = model if changed is None else changed
+    found = two_steps(model, random_ids(2, 7))
+    assert not decoded
+    with torch.no_grad():
+        assert_close(found[0][-1], model(random_ids(2, 7)).logits[:, -1])
+
+
+def test_training_gradients_captured_states_and_other_backends_take_the_modules(decoded):
+    ids = random_ids(2, 7)
+    model = small_model(dropout=0.5).train()
+    two_steps(model, ids)
+    model = small_model()
+    cache = model(ids, use_cache=True).past_key_values
+    model(ids[:, :1], past_key_values=cache).logits.sum().backward()
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=DynamicCache(config=model.config), output_hidden_states=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids[:, :1], past_key_values=DynamicCache(config=model.config))
+    two_steps(small_model(scan_backend="torch"), ids)
+    two_steps(small_model(dtype=torch.float64), ids)
+    assert not decoded
+
+
+def test_generate_gives_the_tokens_of_the_modules_greedy_sampled_and_by_beams(decoded):
+    model, ids = small_model(vocab_size=50, seed=3), random_ids(3, 7)
+    plain = copy.deepcopy(model)
+    for layer in plain.model.layers:
+        layer.register_forward_hook(lambda *_: None)
+    for settings in ({}, {"num_beams": 3}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}):
+        ids_of = ids[:1] if "prompt_lookup_num_tokens" in settings else ids
+        tokens = []
+        for each in (model, plain):
+            torch.manual_seed(0)
+            tokens.append(each.generate(ids_of, max_new_tokens=20, **{"do_sample": False} | settings))
+        assert torch.equal(*tokens), settings
+    assert decoded
+
+
+def test_threads_share_the_rows_of_a_batch(monkeypatch):
+    model, ids = small_model(), random_ids(5, 7)
+    alone = two_steps(model, ids)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = two_steps(model, ids)
+    for x, y in zip([alone[0], *alone[1]], [together[0], *together[1]], strict=True):
+        assert_close(x, y)
