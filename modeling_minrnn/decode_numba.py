@@ -225,71 +225,72 @@ def decode_layer(layer, hidden_states: Tensor, carried: LayerState) -> tuple[Ten
     """MinRNNDecoderLayer.forward for one token a row, (B, 1, H), without masks and gradients.
 
     None where the kernel would not compute what the modules of the layer do: for a cell without gates in `scan_numba`,
-    where a module is not the stock one or has hooks, and for weights that are not dense and of one dtype on the CPU.
+    where a module is not the stock one or has hooks, and for weights that are not dense and of one dtype.
     """
-    # By the dictionaries behind the attributes, which nn.Module looks up at five times the price.
-    parts = layer._modules
-    rnn, conv, mlp = parts["rnn"], parts.get("conv"), parts.get("mlp")
-    of_rnn = rnn._modules
-    linears = [of_rnn["in_proj"], of_rnn["out_proj"]]
-    modules: list[tuple[nn.Module, type]] = [
-        (layer, MinRNNDecoderLayer),
-        (rnn, MinRNNRecurrence),
-        (parts["rnn_norm"], nn.RMSNorm),
-    ]
-    gate_proj, code, activation = of_rnn.get("gate_proj"), code_of(rnn.cell), 0
-    if conv is not None:
-        modules.append((conv, MinRNNCausalConv))
-    if gate_proj is not None:
-        linears.append(gate_proj)
-    up_proj = down_proj = None
-    if mlp is not None:
-        up_proj, down_proj, act_fn = (mlp._modules[name] for name in ("up_proj", "down_proj", "act_fn"))
-        linears += [up_proj, down_proj]
-        modules += [(mlp, MinRNNMLP), (parts["mlp_norm"], nn.RMSNorm), (act_fn, type(act_fn))]
-        activation = ACTIVATIONS.get(type(act_fn), -1)
-    if code < 0 or activation < 0:
+    rnn, (B, _, H) = layer.rnn, hidden_states.shape
+    cell, D, code = rnn.cell, rnn.state_size, code_of(rnn.cell)
+    P, activation = sum(cell.blocks(D)), ACTIVATIONS.get(type(layer.mlp.act_fn), -1) if layer.has_mlp else 0
+    weights = _stock_weights(layer, H, D, P) if code >= 0 and activation >= 0 else None
+    if weights is None:
         return None
-    modules += [(linear, nn.Linear) for linear in linears]
-    for module, kind in modules:
-        if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return None
-
-    conv_weight, norm, mlp_norm = _weight(conv), _weight(parts["rnn_norm"]), _weight(parts.get("mlp_norm"))
-    in_weight, in_bias = linears[0]._parameters["weight"], linears[0]._parameters["bias"]
-    of_mlp = mlp_norm, _weight(up_proj), _bias(up_proj), _weight(down_proj), _bias(down_proj)
-    weights = conv_weight, norm, in_weight, in_bias, _weight(gate_proj), _weight(linears[1]), *of_mlp
-    dtype = in_weight.dtype
-    if dtype not in WEIGHTS:
-        return None
-    for weight in weights:
-        if weight is not None and not (
-            type(weight) is nn.Parameter and weight.dtype == dtype and weight.is_contiguous()
-        ):
-            return None
-
-    (B, _, H), D, cell = hidden_states.shape, rnn.state_size, rnn.cell
-    P, M = in_weight.shape[0], 0 if up_proj is None else up_proj.out_features
+    conv, _, _, in_bias, gate_proj, _, _, up_proj, up_bias, *_ = weights
     state = dense(carried.state_or(rnn.start(hidden_states).expand(B, -1)))
     window = dense(carried.window_or(hidden_states.new_zeros(B, layer.window_size, H)))
-    out, out_window = torch.empty(B, 1, H), torch.empty(B, layer.window_size, H)
-    out_state, q = torch.empty(state.shape), state  # q is not read
+    out, out_window, out_state = torch.empty(B, 1, H), torch.empty(window.shape), torch.empty(state.shape)
+    q = state  # not read
     if cell.parameter_names:
         q = dense(derived(cell, rnn.parameters_of_cell(hidden_states.new_empty(0, P))))
-    kernel = layer_kernel_of(code, len(cell.blocks(D)), WEIGHTS[dtype])
+    sizes = H, D, state.shape[1] - D, P, 0 if conv is None else conv.shape[1], 0 if up_proj is None else len(up_proj)
     arguments = (
-        H, D, state.shape[1] - D, P, 0 if conv is None else layer.window_size + 1, M, in_bias is not None,
-        gate_proj is not None, of_mlp[2] is not None, activation, parts["rnn_norm"].eps, dense(hidden_states), window,
-        state, out, out_window, out_state, *weights[:4], q, *weights[4:],
+        *sizes, in_bias is not None, gate_proj is not None, up_bias is not None, activation, layer.rnn_norm.eps,
+        dense(hidden_states), window, state, out, out_window, out_state, *weights[:4], q, *weights[4:],
     )  # fmt: skip
-    run(kernel, arguments, B, 1)
+    run(layer_kernel_of(code, len(cell.blocks(D)), WEIGHTS[rnn.in_proj.weight.dtype]), arguments, B, 1)
     out, out_window = out.to(hidden_states.dtype), out_window.to(hidden_states.dtype)
     return out, out_state, out_window, [(out_state, out_window)] if carried.record_past else []
 
 
-def _weight(module: nn.Module | None) -> Tensor | None:
-    return None if module is None else module._parameters["weight"]
-
-
-def _bias(module: nn.Module | None) -> Tensor | None:
-    return None if module is None else module._parameters["bias"]
+def _stock_weights(layer, H: int, D: int, P: int) -> list[Tensor | None] | None:
+    """The weights in the order of the kernel, None for each that is not there; or None, if a module is not as made."""
+    # By the dictionaries behind the attributes, which nn.Module looks up at five times the price.
+    parts, of_rnn = layer._modules, layer._modules["rnn"]._modules
+    mlp = parts.get("mlp")
+    of_mlp = {} if mlp is None else mlp._modules
+    up_proj, act_fn = of_mlp.get("up_proj"), of_mlp.get("act_fn")
+    M = 0 if up_proj is None else layer.mlp.up_proj.weight.shape[0]
+    table: list[tuple[nn.Module | None, type, dict[str, tuple]]] = [
+        (layer, MinRNNDecoderLayer, {}),
+        (parts["rnn"], MinRNNRecurrence, {}),
+        (mlp, MinRNNMLP, {}),
+        (act_fn, type(act_fn), {}),
+        (parts.get("conv"), MinRNNCausalConv, {"weight": (H, layer.window_size + 1)}),
+        (parts["rnn_norm"], nn.RMSNorm, {"weight": (H,)}),
+        (of_rnn["in_proj"], nn.Linear, {"weight": (P, H), "bias": (P,)}),
+        (of_rnn.get("gate_proj"), nn.Linear, {"weight": (D, H)}),
+        (of_rnn["out_proj"], nn.Linear, {"weight": (H, D)}),
+        (parts.get("mlp_norm"), nn.RMSNorm, {"weight": (H,)}),
+        (up_proj, nn.Linear, {"weight": (M, H), "bias": (M,)}),
+        (of_mlp.get("down_proj"), nn.Linear, {"weight": (H, M), "bias": (H,)}),
+    ]
+    weights: list[Tensor | None] = []
+    for module, kind, shapes in table:
+        if module is None:
+            weights += [None] * len(shapes)
+            continue
+        if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        parameters = module._parameters
+        if shapes and ("weight" not in parameters or (parameters.get("bias") is not None and "bias" not in shapes)):
+            return None
+        for name, shape in shapes.items():
+            weight = parameters[name]
+            if weight is not None or name == "weight":
+                if type(weight) is not nn.Parameter or weight.shape != shape or not weight.is_contiguous():
+                    return None
+            weights.append(weight)
+    dtypes = {weight.dtype for weight in weights if weight is not None}
+    up_bias, down_bias = weights[-3], weights[-1]
+    norms_differ = mlp is not None and layer.mlp_norm.eps != layer.rnn_norm.eps
+    if len(dtypes) != 1 or not dtypes <= WEIGHTS.keys() or norms_differ or (up_bias is None) != (down_bias is None):
+        return None
+    return weights

@@ -457,9 +457,6 @@ class MinRNNModel(MinRNNPreTrainedModel):
         # Fewer than there are where an early exit drafts tokens.
         layers = list(self.layers)[: self.config.num_hidden_layers]
         self._check_state(use_cache, past_key_values, context_parallel_group, len(layers))
-        num_tokens = None
-        if context_parallel_group is not None and past_key_values is not None:
-            num_tokens = int(all_gather(torch.tensor([T], device=given.device), context_parallel_group).sum())
 
         padding = padding_mask_of(attention_mask, B, T)
         numbered = seq_idx is not None or cu_seq_lens_q is not None
@@ -468,11 +465,21 @@ class MinRNNModel(MinRNNPreTrainedModel):
         )
         reset = reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding, B, T, goes_on)
         masks = Masks.of(padding, reset, self.config.conv_kernel_size)
-        reverse_masks = masks.reversed(self.config.conv_kernel_size) if self.config.bidirectional else None
 
         hidden_states = self.dropout(given if input_ids is None else self._embed(given))
+        hidden_states = self._run(layers, hidden_states, masks, past_key_values, context_parallel_group)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _run(self, layers, hidden_states: Tensor, masks: Masks, past_key_values: Cache | None, group) -> Tensor:
+        """The layers one after the other; each reads its state from the cache before, and leaves it there after."""
+        T = num_tokens = hidden_states.shape[1]
+        if group is not None and past_key_values is not None:  # of all ranks
+            num_tokens = int(all_gather(torch.tensor([T], device=hidden_states.device), group).sum())
+        reverse_masks = masks.reversed(self.config.conv_kernel_size) if self.config.bidirectional else None
         decode_layer = None
-        if T == 1 and past_key_values is not None and masks == NO_MASKS and context_parallel_group is None:
+        if T == 1 and past_key_values is not None and masks.padding is None and masks.reset is None and group is None:
             decode_layer = self._decoder(hidden_states)
         for i, layer in enumerate(layers):
             cache_layer = None if past_key_values is None else past_key_values.layers[i]
@@ -484,14 +491,12 @@ class MinRNNModel(MinRNNPreTrainedModel):
                     masks,
                     carried=carried,
                     reverse_masks=reverse_masks,
-                    context_parallel_group=context_parallel_group,
+                    context_parallel_group=group,
                 )
             hidden_states, *left = left
             if cache_layer is not None:
-                cache_layer.update(*left, num_tokens=num_tokens or T)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+                cache_layer.update(*left, num_tokens=num_tokens)
+        return hidden_states
 
     def _decoder(self, hidden_states: Tensor) -> Callable | None:
         """`decode_numba.decode_layer` where kernels may stand for layers: no compiling, tracing or differentiating."""

@@ -109,6 +109,21 @@ def add(targets, sources):
             targets[i][j] += sources[i][j]
 
 
+@numba.njit(inline="always")
+def clear(targets):
+    for target in targets:
+        target[:] = 0.0
+
+
+@numba.njit(inline="always")
+def pass_over(code, carry, d_after, d_out, d_p):
+    """What `backward_row` does of padding: nothing comes of its projections."""
+    add(carry, d_after)
+    if code & RWKV:
+        carry[0][:] += d_out
+    clear(d_p)
+
+
 @intrinsic
 def allocate(typing_context, size):
     """Memory that nothing else points to. Arrays of numba's own are counted, by atomic operations for each row."""
@@ -596,8 +611,7 @@ def backward_kernel_of(code: int, columns: int):
         carry, to_reset = (wide[0], wide[1][:n]), (wide[2], wide[3][:n])
         for b in range(b_start, b_stop):
             copy(carry, state_at(d_final_state, b * S, d_final_state, b * S + D, place))
-            to_reset[0][:] = 0.0
-            to_reset[1][:] = 0.0
+            clear(to_reset)
             for t in range(T - 1, -1, -1):
                 row = b * T + t
                 start, up, up_h = b * stride_b + t * stride_t, b * out_b + t * out_t, b * h_b + t * h_t
@@ -608,11 +622,7 @@ def backward_kernel_of(code: int, columns: int):
                 d_out = d_outputs[up + d_start : up + d_stop]
                 fetch_ahead(code, columns, p, d_p, before, d_out, ahead, stride_t, d_stride, H, R, out_t)
                 if paddings and padding_mask[row]:
-                    add(carry, d_after)
-                    if code & RWKV:
-                        carry[0][:] += d_out
-                    for block in d_p:
-                        block[:] = np.float32(0.0)
+                    pass_over(code, carry, d_after, d_out, d_p)
                 else:
                     if resets and reset_mask[row]:
                         before = state_at(reset_state, 0, reset_state, D, place)
@@ -625,8 +635,7 @@ def backward_kernel_of(code: int, columns: int):
                         backward_row(code, columns, p, q, before, d_after, carry, d_p, d_q_row, rows)
                 if resets and reset_mask[row]:
                     add(to_reset, carry)
-                    carry[0][:] = 0.0
-                    carry[1][:] = 0.0
+                    clear(carry)
             copy(state_at(d_initial_state, b * S, d_initial_state, b * S + D, place), carry)
             copy(state_at(d_reset_state, b * S, d_reset_state, b * S + D, place), to_reset)
         release(scratch)

@@ -129,6 +129,31 @@ def of_two_dtypes(model):
     return model
 
 
+def biased(model):
+    for layer in model.model.layers:
+        layer.rnn.out_proj = torch.nn.Linear(layer.rnn.state_size, 14)
+        layer.mlp.up_proj = torch.nn.Linear(14, 56)
+    return model
+
+
+def of_another_width(model):
+    for layer in model.model.layers:
+        layer.mlp.up_proj, layer.mlp.down_proj = torch.nn.Linear(14, 9), torch.nn.Linear(9, 14)
+        layer.mlp_norm.eps = 0.5
+    return model
+
+
+def without_weights(model):
+    for layer in model.model.layers:
+        layer.rnn_norm = torch.nn.RMSNorm(14, elementwise_affine=False)
+    return model
+
+
+CHANGES = [
+    adapted, quantised, hooked, another_forward, of_two_dtypes, biased, of_another_width, without_weights, cpu_offload,
+]  # fmt: skip
+
+
 def reparametrised(model):
     for layer in model.model.layers:
         torch.nn.utils.parametrizations.weight_norm(layer.rnn.out_proj)
@@ -136,10 +161,7 @@ def reparametrised(model):
 
 
 @pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    "change", [adapted, quantised, hooked, another_forward, of_two_dtypes, reparametrised, cpu_offload],
-    ids=lambda change: change.__name__,
-)  # fmt: skip
+@pytest.mark.parametrize("change", [*CHANGES, reparametrised], ids=lambda change: change.__name__)
 def test_a_layer_that_is_not_the_stock_one_is_computed_by_its_modules(change, decoded):
     model = small_model()
     changed = change(model)
