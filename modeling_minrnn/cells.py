@@ -54,6 +54,11 @@ class Linear(NamedTuple):
         return h if self.sign is None else self.sign.to(h.dtype) * h
 
 
+def carry_dtype(device: torch.device) -> torch.dtype:
+    """What a state is carried in, and all else that adds up over many tokens."""
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
 def complex_product(x: Tensor, y: Tensor) -> Tensor:
     """Of complex numbers [real | imaginary]."""
     (a, b), (c, d) = x.chunk(2, -1), y.chunk(2, -1)
@@ -422,7 +427,7 @@ class LRU(Cell):
         nu, theta, gamma = parameters.unbind(0)
         scale = gamma.exp()
         # A phase adds up over the memory: in float32 one of 1e5 tokens would be off by 1e-3.
-        phase = theta.to(torch.float32 if theta.device.type == "mps" else torch.float64).exp()
+        phase = theta.to(carry_dtype(theta.device)).exp()
         return Linear(-nu.exp(), torch.cat([scale, scale]) * projected, phase=phase)
 
     def initial_parameters(self, D, layer, num_layers, max_timescale, device):

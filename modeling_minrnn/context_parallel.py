@@ -18,9 +18,8 @@ from torch import Tensor
 
 from .backends import is_transformed
 from .causal_conv import windows_after
-from .cells import NOTHING_SEEN, complex_product
+from .cells import NOTHING_SEEN, carry_dtype, complex_product
 from .operators import ScanInputs, scan
-from .scan_blocks import carry_dtype
 
 BACKWARD_ALONE = (
     "a sequence over several processes is differentiated by backward(), without create_graph; for torch.func, forward "

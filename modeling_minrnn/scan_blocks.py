@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import Kernels
-from .cells import NOTHING_SEEN, Cell, Convex, Linear, LogSum
+from .cells import NOTHING_SEEN, Cell, Convex, Linear, LogSum, carry_dtype
 from .dense_recurrence import dense_block
 from .scan_torch import log_sum
 
@@ -86,10 +86,6 @@ def load(inputs: ScanInputs, start: int, stop: int) -> Block:
     if padding is not None:
         x.masked_fill_(padding, 0)  # whatever is there, its gradient is zero
     return Block(start, stop, x, reset, padding)
-
-
-def carry_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def empty_outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:

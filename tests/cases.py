@@ -4,6 +4,8 @@ import dataclasses
 
 import torch
 from oracle import normal
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modeling_minrnn.cells import HGRN, LMU, LRU, RGLRU, RWKV4, Aaren, Cell, MinGRU, MinLSTM, SignedMinGRU
 
@@ -67,3 +69,16 @@ def outcome(scan, projected, initial_state, reset_state, parameters, d_outputs, 
     return {"outputs": outputs.detach(), "final_state": final_state.detach()} | {
         f"d_{name}": x for name, x in zip(given, gradients)
     }
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Plays a device that has no float64, as Apple's GPUs: to make a tensor of it there is an error."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **keywords or {})
+        if function is torch.ops.aten.lift_fresh.default:
+            return result  # an array of numpy, on the CPU
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                raise TypeError(f"Cannot convert a Tensor to float64 on this device: {function}")
+        return result

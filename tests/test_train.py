@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import set_seed
+from cases import WithoutFloat64
 from safetensors.torch import load_file
 from small_runs import TEXT, losses
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -245,17 +244,6 @@ def test_evaluation_in_chunks_equals_one_forward_pass_over_everything(cell_type,
     assert loss == pytest.approx(expected, rel=1e-6)
     assert accuracy == pytest.approx((logits.argmax(-1) == tokens[1:]).double().mean().item())
     assert expected > 4.5  # not the loss of a uniform prediction, 3.9
-
-
-class WithoutFloat64(TorchDispatchMode):
-    """Plays a device that has no float64, as Apple's GPUs: to make a tensor of it there is an error."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **keywords or {})
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
-                raise TypeError(f"Cannot convert a Tensor to float64 on this device: {function}")
-        return result
 
 
 @pytest.mark.parametrize("carry_state", [False, True])
