@@ -110,3 +110,25 @@ def completion_log_probability(model, prompt, completion):
         log_probabilities = model(ids[None]).logits[0, :-1].log_softmax(-1)
     chosen = log_probabilities.gather(1, ids[1:, None])[:, 0]
     return chosen[len(tokenizer(prompt)["input_ids"]) - 1 :].sum().item()
+
+
+@pytest.mark.parametrize("rows", ["one document each", "packed"])
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize("padding_free, position_ids", [(False, False), (False, True), (True, False), (True, True)])
+def test_whatever_trl_marks_documents_with_they_are_read_alone(rows, multiple, padding_free, position_ids):
+    if rows == "packed" and not (padding_free or position_ids):
+        pytest.skip("nothing marks the documents of a row then, for any model")
+    model = byte_model()
+    parts = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 8, 2)]
+    groups = [parts[:2], parts[2:]] if rows == "packed" else [[part] for part in parts]
+    examples = [{"input_ids": torch.cat(group).tolist()} for group in groups]
+    if rows == "packed":
+        examples = [example | {"seq_lengths": [len(x) for x in group]} for example, group in zip(examples, groups)]
+    collator = trl.trainer.sft_trainer.DataCollatorForLanguageModeling(
+        257, padding_free=padding_free, return_position_ids=position_ids, pad_to_multiple_of=multiple
+    )
+    batch = collator(examples)
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    real = batch.get("attention_mask", batch["input_ids"] != 257).bool()
+    alone = torch.cat([model(part[None]).logits[0] for part in parts])
+    assert_close(logits[real], alone)
