@@ -1,7 +1,8 @@
 """One token through one layer as one CPU kernel, so that a decoding step costs little more than to read the weights.
 
 B batch, H hidden size, D width of h, E log-sums, P width of `projected`, K kernel size, M width of the MLP.
-Norms, products and activations are computed in float32; the recurrence is that of a scan, `scan_numba.forward_row`.
+All is in float32, and the recurrence is that of a scan, `scan_numba.forward_row`. Other dtypes take the modules: they
+round between them, and a sequence read token by token must end as one that is read at once.
 Weights are read at each call where the modules keep them, so a change of them is seen.
 """
 
@@ -15,7 +16,6 @@ from transformers.activations import ACT2FN
 from .cache_minrnn import LayerState
 from .modeling_minrnn import MinRNNCausalConv, MinRNNDecoderLayer, MinRNNMLP, MinRNNRecurrence
 from .scan_numba import (
-    ANY_LENGTH,
     RWKV,
     allocate,
     blocks_at,
@@ -41,19 +41,7 @@ from .scan_numba import (
 
 # Sums of products may be taken in any order, as a matrix product takes them.
 REDUCTION = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp", "reassoc"}}
-WEIGHTS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 ACTIVATIONS = {type(ACT2FN["gelu"]): 0, type(ACT2FN["silu"]): 1, type(ACT2FN["relu"]): 2}
-
-
-def widened(weight):
-    """A weight as float32."""
-
-
-@numba.extending.overload(widened, inline="always")
-def _(weight):
-    if weight == numba.uint16:  # the upper half of a float32
-        return lambda weight: np.uint32(np.uint32(weight) << np.uint32(16)).view(np.float32)
-    return lambda weight: weight
 
 
 @scalar
@@ -85,7 +73,7 @@ def normalize(x, weight, y, B, H, eps):
             total += row[i] * row[i]
         scale = np.float32(1.0 / math.sqrt(total / H + eps))
         for i in range(H):
-            out[i] = row[i] * scale * widened(weight[i])
+            out[i] = row[i] * scale * weight[i]
 
 
 MANY_ROWS = 16  # of a batch: from here on it pays to read x less often than to read the weights in one stream
@@ -96,13 +84,13 @@ def product(weight, bias, has_bias, x, y, B, n, k, accumulates):
     """y (B, n) = x (B, k) @ weight (n, k).T + bias, or that added to y."""
     if B < MANY_ROWS:
         for i in range(n):
-            w, shift = weight[i * k : i * k + k], widened(bias[i]) if has_bias else np.float32(0.0)
+            w, shift = weight[i * k : i * k + k], bias[i] if has_bias else np.float32(0.0)
             for b in range(0, B - 3, 4):
                 x0, x1 = x[b * k : b * k + k], x[(b + 1) * k : (b + 1) * k + k]
                 x2, x3 = x[(b + 2) * k : (b + 2) * k + k], x[(b + 3) * k : (b + 3) * k + k]
                 s0 = s1 = s2 = s3 = shift
                 for j in range(k):
-                    value = widened(w[j])
+                    value = w[j]
                     s0 += value * x0[j]
                     s1 += value * x1[j]
                     s2 += value * x2[j]
@@ -113,7 +101,7 @@ def product(weight, bias, has_bias, x, y, B, n, k, accumulates):
             for b in range(B - B % 4, B):
                 x0, total = x[b * k : b * k + k], shift
                 for j in range(k):
-                    total += widened(w[j]) * x0[j]
+                    total += w[j] * x0[j]
                 y[b * n + i] = total + y[b * n + i] if accumulates else total
         return
     for i in range(0, n, 4):
@@ -127,7 +115,7 @@ def product(weight, bias, has_bias, x, y, B, n, k, accumulates):
             s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0.0)
             for j in range(k):
                 u, v = x0[j], x1[j]
-                a0, a1, a2, a3 = widened(w0[j]), widened(w1[j]), widened(w2[j]), widened(w3[j])
+                a0, a1, a2, a3 = w0[j], w1[j], w2[j], w3[j]
                 s0 += a0 * u
                 s1 += a1 * u
                 s2 += a2 * u
@@ -138,7 +126,7 @@ def product(weight, bias, has_bias, x, y, B, n, k, accumulates):
                 t3 += a3 * v
             for c, totals in enumerate(((s0, t0), (s1, t1), (s2, t2), (s3, t3))):
                 if i + c < n:
-                    shift = widened(bias[i + c]) if has_bias else np.float32(0.0)
+                    shift = bias[i + c] if has_bias else np.float32(0.0)
                     for row in range(b, last + 1):
                         at = row * n + i + c
                         y[at] = totals[row - b] + shift + (y[at] if accumulates else np.float32(0.0))
@@ -150,9 +138,9 @@ def convolve(x, window, weight, out, out_window, B, H, K):
     W = (K - 1) * H
     for b in range(B):
         for i in range(H):
-            total = x[b * H + i] * widened(weight[i * K + K - 1])
+            total = x[b * H + i] * weight[i * K + K - 1]
             for k in range(K - 1):
-                total += window[b * W + k * H + i] * widened(weight[i * K + k])
+                total += window[b * W + k * H + i] * weight[i * K + k]
             out[b * H + i] = x[b * H + i] + total
         for i in range(W - H):
             out_window[b * W + i] = window[b * W + H + i]
@@ -161,8 +149,8 @@ def convolve(x, window, weight, out, out_window, B, H, K):
 
 
 @functools.cache  # compiled when it is used
-def layer_kernel_of(code: int, columns: int, dtype):
-    """The kernel of a cell with so many blocks of `projected`, for weights of a numpy dtype.
+def layer_kernel_of(code: int, columns: int):
+    """The kernel of a cell with so many blocks of `projected`.
 
     Sizes, then what comes in, what goes out, and the weights; an address may be anything where the part is missing: no
     convolution for K = 0, no MLP for M = 0, and flags.
@@ -178,7 +166,7 @@ def layer_kernel_of(code: int, columns: int, dtype):
         x, out = floats(x)[b_start * H :], floats(out)[b_start * H :]
         window, out_window = floats(window)[b_start * W :], floats(out_window)[b_start * W :]
         state, out_state, q = floats(state)[b_start * S :], floats(out_state)[b_start * S :], floats(q)
-        bias = numba.carray(in_bias, ANY_LENGTH, dtype)
+        bias = floats(in_bias)
         scratch, wide_scratch = allocate(4 * (B * (H + P + D + wide) + 6 * D)), allocate(8 * 3 * D)
         rows, carries = numba.carray(scratch, (6, D), np.float32), numba.carray(wide_scratch, (3, D), np.float64)
         carry, L, larger = carries[0], carries[1][:E], carries[2]
@@ -187,11 +175,11 @@ def layer_kernel_of(code: int, columns: int, dtype):
         read, inner = memory[B * (H + P) : B * (H + P + D)], memory[B * (H + P + D) : B * (H + P + D + wide)]
 
         if K > 0:
-            convolve(x, window, numba.carray(conv, ANY_LENGTH, dtype), out, out_window, B, H, K)
+            convolve(x, window, floats(conv), out, out_window, B, H, K)
         else:
             out[: B * H] = x[: B * H]
-        normalize(out, numba.carray(rnn_norm, ANY_LENGTH, dtype), normed, B, H, eps)
-        product(numba.carray(in_proj, ANY_LENGTH, dtype), bias, has_bias, normed, projected, B, P, H, False)
+        normalize(out, floats(rnn_norm), normed, B, H, eps)
+        product(floats(in_proj), bias, has_bias, normed, projected, B, P, H, False)
         place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
         for b in range(B):
             copy((carry, L), state_at(state, b * S, state, b * S + D, place))
@@ -203,14 +191,14 @@ def layer_kernel_of(code: int, columns: int, dtype):
                 forward_row(code, p, of_cell, carry, L, h, rows)
             copy(after, (carry, L))
         if is_gated:
-            product(numba.carray(gate_proj, ANY_LENGTH, dtype), bias, False, normed, inner, B, D, H, False)
+            product(floats(gate_proj), bias, False, normed, inner, B, D, H, False)
             for i in range(B * D):
                 read[i] *= activated(1, inner[i])
-        product(numba.carray(out_proj, ANY_LENGTH, dtype), bias, False, read, out, B, H, D, True)
+        product(floats(out_proj), bias, False, read, out, B, H, D, True)
         if M > 0:
-            normalize(out, numba.carray(mlp_norm, ANY_LENGTH, dtype), normed, B, H, eps)
-            up_bias, down_bias = numba.carray(up_bias, ANY_LENGTH, dtype), numba.carray(down_bias, ANY_LENGTH, dtype)
-            up_proj, down_proj = numba.carray(up_proj, ANY_LENGTH, dtype), numba.carray(down_proj, ANY_LENGTH, dtype)
+            normalize(out, floats(mlp_norm), normed, B, H, eps)
+            up_bias, down_bias = floats(up_bias), floats(down_bias)
+            up_proj, down_proj = floats(up_proj), floats(down_proj)
             product(up_proj, up_bias, has_mlp_bias, normed, inner, B, M, H, False)
             for i in range(B * M):
                 inner[i] = activated(activation, inner[i])
@@ -225,7 +213,7 @@ def decode_layer(layer, hidden_states: Tensor, carried: LayerState) -> tuple[Ten
     """MinRNNDecoderLayer.forward for one token a row, (B, 1, H), without masks and gradients.
 
     None where the kernel would not compute what the modules of the layer do: for a cell without gates in `scan_numba`,
-    where a module is not the stock one or has hooks, and for weights that are not dense and of one dtype.
+    where a module is not the stock one or has hooks, and for weights that are not dense float32.
     """
     rnn, (B, _, H) = layer.rnn, hidden_states.shape
     cell, D, code = rnn.cell, rnn.state_size, code_of(rnn.cell)
@@ -245,8 +233,7 @@ def decode_layer(layer, hidden_states: Tensor, carried: LayerState) -> tuple[Ten
         *sizes, in_bias is not None, gate_proj is not None, up_bias is not None, activation, layer.rnn_norm.eps,
         dense(hidden_states), window, state, out, out_window, out_state, *weights[:4], q, *weights[4:],
     )  # fmt: skip
-    run(layer_kernel_of(code, len(cell.blocks(D)), WEIGHTS[rnn.in_proj.weight.dtype]), arguments, B, 1)
-    out, out_window = out.to(hidden_states.dtype), out_window.to(hidden_states.dtype)
+    run(layer_kernel_of(code, len(cell.blocks(D))), arguments, B, 1)
     return out, out_state, out_window, [(out_state, out_window)] if carried.record_past else []
 
 
@@ -285,12 +272,13 @@ def _stock_weights(layer, H: int, D: int, P: int) -> list[Tensor | None] | None:
         for name, shape in shapes.items():
             weight = parameters[name]
             if weight is not None or name == "weight":
-                if type(weight) is not nn.Parameter or weight.shape != shape or not weight.is_contiguous():
+                if type(weight) is not nn.Parameter or weight.dtype != torch.float32:
+                    return None
+                if weight.shape != shape or not weight.is_contiguous():
                     return None
             weights.append(weight)
-    dtypes = {weight.dtype for weight in weights if weight is not None}
     up_bias, down_bias = weights[-3], weights[-1]
     norms_differ = mlp is not None and layer.mlp_norm.eps != layer.rnn_norm.eps
-    if len(dtypes) != 1 or not dtypes <= WEIGHTS.keys() or norms_differ or (up_bias is None) != (down_bias is None):
+    if norms_differ or (up_bias is None) != (down_bias is None):
         return None
     return weights
