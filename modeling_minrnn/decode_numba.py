@@ -215,16 +215,18 @@ def decode_layer(layer, hidden_states: Tensor, carried: LayerState) -> tuple[Ten
     None where the kernel would not compute what the modules of the layer do: for a cell without gates in `scan_numba`,
     where a module is not the stock one or has hooks, and for weights that are not dense float32.
     """
-    rnn, (B, _, H) = layer.rnn, hidden_states.shape
+    rnn, mlp, (B, _, H) = layer.rnn, layer._modules.get("mlp"), hidden_states.shape
+    if type(rnn) is not MinRNNRecurrence or not (mlp is None or type(mlp) is MinRNNMLP):
+        return None
     cell, D, code = rnn.cell, rnn.state_size, code_of(rnn.cell)
-    P, activation = sum(cell.blocks(D)), ACTIVATIONS.get(type(layer.mlp.act_fn), -1) if layer.has_mlp else 0
+    P, activation = sum(cell.blocks(D)), 0 if mlp is None else ACTIVATIONS.get(type(mlp.act_fn), -1)
     weights = _stock_weights(layer, H, D, P) if code >= 0 and activation >= 0 else None
     if weights is None:
         return None
     conv, _, _, in_bias, gate_proj, _, _, up_proj, up_bias, *_ = weights
     state = dense(carried.state_or(rnn.start(hidden_states).expand(B, -1)))
     window = dense(carried.window_or(hidden_states.new_zeros(B, layer.window_size, H)))
-    out, out_window, out_state = torch.empty(B, 1, H), torch.empty(window.shape), torch.empty(state.shape)
+    out, out_window, out_state = (torch.empty_like(x, dtype=torch.float32) for x in (hidden_states, window, state))
     q = state  # not read
     if cell.parameter_names:
         q = dense(derived(cell, rnn.parameters_of_cell(hidden_states.new_empty(0, P))))
@@ -244,7 +246,8 @@ def _stock_weights(layer, H: int, D: int, P: int) -> list[Tensor | None] | None:
     mlp = parts.get("mlp")
     of_mlp = {} if mlp is None else mlp._modules
     up_proj, act_fn = of_mlp.get("up_proj"), of_mlp.get("act_fn")
-    M = 0 if up_proj is None else layer.mlp.up_proj.weight.shape[0]
+    up_weight = None if up_proj is None else up_proj._parameters.get("weight")
+    M = 0 if up_weight is None else len(up_weight)
     table: list[tuple[nn.Module | None, type, dict[str, tuple]]] = [
         (layer, MinRNNDecoderLayer, {}),
         (parts["rnn"], MinRNNRecurrence, {}),
@@ -278,7 +281,8 @@ def _stock_weights(layer, H: int, D: int, P: int) -> list[Tensor | None] | None:
                     return None
             weights.append(weight)
     up_bias, down_bias = weights[-3], weights[-1]
-    norms_differ = mlp is not None and layer.mlp_norm.eps != layer.rnn_norm.eps
-    if norms_differ or (up_bias is None) != (down_bias is None):
+    eps = layer.rnn_norm.eps
+    norms_differ = mlp is not None and layer.mlp_norm.eps != eps
+    if eps is None or norms_differ or (up_bias is None) != (down_bias is None):
         return None
     return weights

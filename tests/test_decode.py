@@ -145,8 +145,40 @@ def without_weights(model):
     return model
 
 
+class Twice(torch.nn.Module):
+    """A part of a user's own, with nothing of the one that it takes the place of."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, *arguments):
+        found = self.part(*arguments)
+        return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
+
+
+def replaced(model):
+    model.model.layers[0].rnn = Twice(model.model.layers[0].rnn)
+    model.model.layers[1].mlp = Twice(model.model.layers[1].mlp)
+    return model
+
+
+def projection_replaced(model):
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Twice(layer.mlp.up_proj)
+        layer.rnn.in_proj = Twice(layer.rnn.in_proj)
+    return model
+
+
+def of_unstated_eps(model):
+    for layer in model.model.layers:
+        layer.rnn_norm.eps = layer.mlp_norm.eps = None
+    return model
+
+
 CHANGES = [
-    adapted, quantised, hooked, another_forward, of_two_dtypes, biased, of_another_width, without_weights, cpu_offload,
+    replaced, projection_replaced, of_unstated_eps, adapted, quantised, hooked, another_forward, of_two_dtypes, biased,
+    of_another_width, without_weights, cpu_offload,
 ]  # fmt: skip
 
 
@@ -198,6 +230,19 @@ def test_generate_gives_the_tokens_of_the_modules_greedy_sampled_and_by_beams(de
             tokens.append(each.generate(ids_of, max_new_tokens=20, **{"do_sample": False} | settings))
         assert torch.equal(*tokens), settings
     assert decoded
+
+
+def test_other_defaults_of_torch_change_nothing(decoded):
+    model, ids = small_model(), random_ids(2, 7)
+    expected = two_steps(model, ids)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = two_steps(model, ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert decoded
+    for x, y in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        assert torch.equal(x, y)
 
 
 def test_threads_share_the_rows_of_a_batch(monkeypatch):
