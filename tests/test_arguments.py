@@ -172,10 +172,7 @@ EVERY_OPTION = [
 
 
 def collated(documents, **options):
-    try:
-        collator = DataCollatorWithFlattening(**options)
-    except TypeError:  # transformers < 5.22
-        pytest.skip("this DataCollatorWithFlattening has no position_ids_start")
+    collator = DataCollatorWithFlattening(**options)
     batch = collator([{"input_ids": document.tolist()} for document in documents], return_tensors="pt")
     return {name: value for name, value in batch.items() if name != "labels"}
 

@@ -112,12 +112,19 @@ def completion_log_probability(model, prompt, completion):
     return chosen[len(tokenizer(prompt)["input_ids"]) - 1 :].sum().item()
 
 
-@pytest.mark.parametrize("rows", ["one document each", "packed"])
+# Without positions and with padding nothing marks the documents of a packed row, for any model.
+MARKS = [
+    (rows, padding_free, position_ids)
+    for rows in ("one document each", "packed")
+    for padding_free in (False, True)
+    for position_ids in (False, True)
+    if rows != "packed" or padding_free or position_ids
+]
+
+
 @pytest.mark.parametrize("multiple", [None, 8])
-@pytest.mark.parametrize("padding_free, position_ids", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("rows, padding_free, position_ids", MARKS)
 def test_whatever_trl_marks_documents_with_they_are_read_alone(rows, multiple, padding_free, position_ids):
-    if rows == "packed" and not (padding_free or position_ids):
-        pytest.skip("nothing marks the documents of a row then, for any model")
     model = byte_model()
     parts = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 1, 8, 2)]
     groups = [parts[:2], parts[2:]] if rows == "packed" else [[part] for part in parts]
