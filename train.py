@@ -44,6 +44,7 @@ from training.checkpoint import (
     SETTINGS_FILE,
     TrainingState,
     changed_settings,
+    check_best_model,
     check_output_dir,
     load_checkpoint,
     open_output_dir,
@@ -147,6 +148,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
         state.caches = [DynamicCache(config=model.config) for _ in range(train.gradient_accumulation_steps)]
     if checkpoint:
         load_checkpoint(accelerator, checkpoint, state)
+        check_best_model(accelerator, output_dir, state, tokenizer)
     progress = state.progress
     if train.steps < progress.step:
         raise InputError(f"train.steps is {train.steps}: the run in {output_dir} is at step {progress.step}")

@@ -1,4 +1,4 @@
-"""Which implementation computes: the backends there are, where each runs, and what "auto" stands for."""
+"""Which implementation computes: where each backend runs, and what "auto" stands for."""
 
 import functools
 import re
@@ -11,8 +11,6 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 
 from .cells import Cell
-
-BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant", "log")
 
 # Backends of compiled kernels, which need a package. On a device "auto" takes the first that is made for it.
 COMPILED = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "triton_batch_invariant": ("cuda", "xpu")}

@@ -66,6 +66,7 @@ class MinRNNDynamicLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
     past: list[tuple[Tensor, Tensor]]  # (keys, values) after each of the latest tokens, oldest first
+    first_positions: Tensor | None = None  # of `masks.reset_mask_of`, which asks the first layer alone
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -145,12 +146,14 @@ class MinRNNDynamicLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.past = []
+        self.past, self.first_positions = [], None
 
     def _map(self, function) -> None:
         if self.is_initialized:
             self.keys, self.values = function(self.keys), function(self.values)
             self.past = [(function(state), function(window)) for state, window in self.past]
+        if self.first_positions is not None:
+            self.first_positions = function(self.first_positions)
 
     def detach(self) -> None:
         """Gradients go no further back than this: truncated backpropagation through time."""

@@ -52,7 +52,7 @@ def sequence_chunked_backward(
     shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     shift_labels = shifted if (given := kwargs.pop("shift_labels", None)) is None else given
     _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs)
-    chunks = _chunks(input_ids, shift_labels, chunk_size, cache.get_seq_length() > 0, kwargs)
+    chunks = _chunks(input_ids, shift_labels, chunk_size, cache, kwargs)
     kwargs |= {"use_cache": False, "logits_to_keep": NO_LOGITS}  # given a cache, the model updates it all the same
     if kwargs.get("num_items_in_batch") is None:
         kwargs["num_items_in_batch"] = (shift_labels != -100).sum()
@@ -109,7 +109,7 @@ def _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs) -
 
 
 def _chunks(
-    input_ids: Tensor, shift_labels: Tensor, size: int, goes_on: bool, kwargs: dict[str, Any]
+    input_ids: Tensor, shift_labels: Tensor, size: int, cache: Cache, kwargs: dict[str, Any]
 ) -> list[dict[str, Tensor]]:
     """What the model is given for each chunk; takes the masks out of kwargs."""
     B, T = input_ids.shape
@@ -123,7 +123,7 @@ def _chunks(
         padding_mask,
         B,
         T,
-        goes_on,
+        cache,
     )
     tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
     if padding_mask is not None:

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-from .backends import BACKENDS
 from .cells import CELLS, Cell
+
+BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant", "log")  # of `scan.minrnn_scan`
 
 # What PEFT adapts where its configuration names no modules: every Linear of the layers.
 LORA_TARGET_MODULES = ["in_proj", "gate_proj", "out_proj", "up_proj", "down_proj"]
@@ -248,10 +248,16 @@ class MinRNNConfig(PreTrainedConfig):
             tokens = getattr(self, name)
             if tokens is not None and not 1 <= tokens < math.inf:
                 raise ValueError(f"{name} must be None or a number of tokens >= 1, not {tokens}")
-        for name, known in (("scan_backend", BACKENDS), ("hidden_act", ACT2FN)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {sorted(known)}, not {getattr(self, name)!r}")
+        self._validate_name("scan_backend", BACKENDS)
         self._validate_cells()
+        if self.hidden_act != type(self).hidden_act:
+            from transformers.activations import ACT2FN  # the longer half of the time that this module takes to import
+
+            self._validate_name("hidden_act", ACT2FN)
+
+    def _validate_name(self, name: str, known: Iterable[str]) -> None:
+        if getattr(self, name) not in known:
+            raise ValueError(f"{name} must be one of {sorted(known)}, not {getattr(self, name)!r}")
 
     def _validate_cells(self):
         for name in self.cell_types:

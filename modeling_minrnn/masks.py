@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import is_transformed
+from .context_parallel import all_gather
 
 
 class Masks(NamedTuple):
@@ -97,18 +98,47 @@ def padding_mask_of(attention_mask: Tensor | None, B: int, T: int) -> Tensor | N
     return _none_if_empty(attention_mask[:, -T:] == 0)
 
 
+def _first_positions(position_ids, padding_mask, B: int, past_key_values, goes_on: bool, group) -> Tensor | int:
+    """(B, 1) the position of the first token of each row, kept in past_key_values; -1 where all was padding so far."""
+    cache_layer = next(iter(getattr(past_key_values, "layers", ())), None)
+    kept = getattr(cache_layer, "first_positions", None)
+    if torch.compiler.is_compiling() or (kept is None and goes_on):
+        return 0 if kept is None else kept
+    first = position_ids[:, :1].expand(B, 1).clone()  # the caller may count on in the tensor that it passed
+    if padding_mask is not None:
+        at = padding_mask.long().argmin(1, keepdim=True)
+        first = position_ids.expand(B, -1).gather(1, at).masked_fill(padding_mask.all(1, keepdim=True), -1)
+    if group is not None:
+        for earlier in all_gather(first, group).flip(0):
+            first = torch.where(earlier < 0, first, earlier)
+    if kept is not None:
+        first = torch.where(kept < 0, first, kept)
+    if cache_layer is not None:
+        cache_layer.first_positions = first
+    return first
+
+
 def reset_mask_of(
-    reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int, goes_on: bool = False
+    reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding_mask, B: int, T: int, past_key_values=None, group=None
 ) -> Tensor | None:
     """(B, T) True at the first token of each document.
 
-    goes_on: from a state. Then it matters whether a document begins with the first token, and what cannot tell is
-        refused: numbers of documents, or positions that start above 0, which show where they do not rise.
+    past_key_values, group: from a state, or from other processes, it matters whether a document begins with the first
+        token. Its position tells, where it is that of the first token of all. What cannot tell is refused: numbers of
+        documents without positions, and positions of which other documents begin elsewhere.
     """
     for name, tensor in (("reset_mask", reset_mask), ("seq_idx", seq_idx), ("position_ids", position_ids)):
         if tensor is not None and tensor.shape not in ((B, T), (1, T)):
             raise ValueError(f"{name} must be ({B}, {T}), or (1, {T}) for all rows alike, not {tuple(tensor.shape)}")
     numbered = reset_mask is None and (seq_idx is not None or cu_seq_lens_q is not None)
+    goes_on = (numbered or position_ids is not None) and _has_seen_tokens(past_key_values)
+    begins = None  # where a position says so
+    if position_ids is not None and (past_key_values is not None or group is not None):
+        first = _first_positions(position_ids, padding_mask, B, past_key_values, goes_on, group)
+        if goes_on or group is not None:
+            begins = position_ids == first
+            if padding_mask is not None:  # the positions of padding are arbitrary
+                begins = begins & ~padding_mask
     if reset_mask is not None:
         if reset_mask.dtype != torch.bool:
             raise ValueError(f"reset_mask must be bool, not {reset_mask.dtype}")
@@ -120,25 +150,26 @@ def reset_mask_of(
         positions = torch.arange(1, T, device=cu_seq_lens_q.device)
         reset_mask = torch.nn.functional.pad(torch.isin(positions, cu_seq_lens_q), (1, 0))[None]
     elif position_ids is not None:
-        reset_mask = position_ids == 0
-        if padding_mask is not None:  # the positions of padding are arbitrary
-            reset_mask = reset_mask & ~padding_mask
+        reset_mask = begins
         if T > 1:
-            fallen = _not_risen(position_ids, padding_mask) & ~reset_mask
-            if goes_on and not torch.compiler.is_compiling() and fallen.any():
-                first = position_ids.expand(B, T)[fallen.expand(B, T)][0]
+            fallen = _not_risen(position_ids, padding_mask)
+            if begins is not None and not torch.compiler.is_compiling() and (elsewhere := fallen & ~begins).any():
+                position = position_ids.expand(B, T)[elsewhere.expand(B, T)][0]
                 raise ValueError(
-                    f"documents whose position_ids start at {first}, not 0, do not tell whether one begins with the "
-                    "first token: beside a state to go on from pass reset_mask"
+                    f"documents whose position_ids start at {position}, not where those of the first tokens did, do "
+                    "not tell whether one begins with the first token: beside a state to go on from pass reset_mask"
                 )
-            reset_mask = reset_mask | fallen
-    if numbered and position_ids is not None:
-        first = position_ids[:, :1] == 0
-        first = first if padding_mask is None else first & ~padding_mask[:, :1]
-        reset_mask = reset_mask | torch.nn.functional.pad(first, (0, T - 1))
-    elif numbered and goes_on:
+            reset_mask = fallen if begins is None else begins | fallen
+    if numbered and begins is not None:
+        reset_mask = reset_mask | begins
+    elif numbered and (goes_on or group is not None):
         raise ValueError(
             "seq_idx and cu_seq_lens_q do not tell whether a document begins with the first token: beside a state to "
             "go on from pass reset_mask or position_ids"
         )
     return _none_if_empty(None if reset_mask is None else reset_mask.expand(B, T))
+
+
+def _has_seen_tokens(past_key_values) -> bool:
+    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return True if isinstance(seen, Tensor) and torch.compiler.is_compiling() else bool(seen > 0)

@@ -442,9 +442,10 @@ class MinRNNModel(MinRNNPreTrainedModel):
             use_cache: return the state; like past_key_values, not for a bidirectional model.
             reset_mask, seq_idx, cu_seq_lens_q, position_ids: where documents begin in a packed row, in this order of
                 precedence: (B, T) True at their first tokens; (B, T) number of the document; (documents + 1,)
-                boundaries in a batch of one row; (B, T), 0 at their first tokens, or else not risen there. Nothing is
-                carried from one to the next. Whether one begins with the first token of a call that goes on from a
-                state is told by reset_mask, or by position_ids that start at 0, alone or beside the numbers.
+                boundaries in a batch of one row; (B, T), not risen at their first tokens. Nothing is carried from one
+                to the next. Whether one begins with the first token of a call that goes on from a state is told by
+                reset_mask, or by position_ids, alone or beside the numbers, which must start each document where they
+                started the first: at 0, unless the call that began the cache had others.
             context_parallel_group: the processes that the sequence is spread over, in the order of their ranks. Each
                 passes its chunk, (B, T) with a T of its own, and the masks of this chunk. past_key_values are those of
                 the whole sequence, alike on all ranks. On gradients see `scan.minrnn_scan`.
@@ -459,11 +460,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
         self._check_state(use_cache, past_key_values, context_parallel_group, len(layers))
 
         padding = padding_mask_of(attention_mask, B, T)
-        numbered = seq_idx is not None or cu_seq_lens_q is not None
-        goes_on = (numbered or (position_ids is not None and T > 1)) and (
-            context_parallel_group is not None or _has_seen_tokens(past_key_values)
+        reset = reset_mask_of(
+            reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding, B, T, past_key_values, context_parallel_group
         )
-        reset = reset_mask_of(reset_mask, seq_idx, cu_seq_lens_q, position_ids, padding, B, T, goes_on)
         masks = Masks.of(padding, reset, self.config.conv_kernel_size)
 
         hidden_states = self.dropout(given if input_ids is None else self._embed(given))
@@ -562,11 +561,6 @@ class MinRNNModel(MinRNNPreTrainedModel):
             wrong = smallest if smallest < 0 else largest
             vocabulary = f"0..{self.config.vocab_size - 1}"
             raise ValueError(f"token id {wrong} is not in the vocabulary: ids must be in {vocabulary}") from None
-
-
-def _has_seen_tokens(past_key_values: Cache | None) -> bool:
-    seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-    return True if isinstance(seen, Tensor) and torch.compiler.is_compiling() else bool(seen > 0)
 
 
 def _refuse_unknown_arguments(arguments: dict) -> None:

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import BACKENDS, COMPILED, resolve_backend
+from .backends import COMPILED, resolve_backend
 from .cells import PRIMITIVES, Cell, advance, advance_log_sum, cell_of
+from .configuration_minrnn import BACKENDS
 from .context_parallel import context_parallel_scan
 from .dense_recurrence import dense_step
 from .operators import ScanInputs, scan

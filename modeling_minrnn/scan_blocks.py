@@ -28,7 +28,7 @@ class ScanInputs(NamedTuple):
         initial_state, reset_state: (B, S) and (S,), in float32, or float64 for float64.
         reset_mask, padding_mask: (B, T) bool.
         cell: the recurrence.
-        backend: of `backends.BACKENDS`.
+        backend: of `configuration_minrnn.BACKENDS`.
     """
 
     projected: Tensor

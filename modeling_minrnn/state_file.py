@@ -2,7 +2,8 @@
 
 B batch, D state width, H hidden size, K convolution kernel size. The file is in the safetensors format: for each layer
 the recurrent state (B, D) and the convolution window (B, K - 1, H), in the dtypes they have; neither grows with what
-was read. Its metadata are the number of tokens read, a hash of the model and a checksum of it all.
+was read. With them are the positions (B, 1) that the rows began with, where any were given. Its metadata are the
+number of tokens read, a hash of the model and a checksum of it all.
 """
 
 import hashlib
@@ -56,6 +57,8 @@ def save_state(cache: Cache, path: str | os.PathLike, model: MinRNNPreTrainedMod
         state = kept.read().state_or(start)
         window = kept.read().window_or(like.new_zeros(kept.batch_size, layer.window_size, like.shape[1]))
         tensors |= {f"layers.{i}.state": state.contiguous(), f"layers.{i}.window": window.contiguous()}
+    if cache.layers[0].first_positions is not None:
+        tensors["first_positions"] = cache.layers[0].first_positions
     metadata = {"format": FORMAT, "model": _model_hash(model), "num_tokens": str(int(cache.get_seq_length()))}
     metadata["checksum"] = _hash(metadata, tensors)
     data = save(tensors, metadata)
@@ -95,6 +98,8 @@ def load_state(path: str | os.PathLike, model: MinRNNPreTrainedModel) -> Dynamic
         device = layer.rnn.in_proj.weight.device
         state, window = (tensors[f"layers.{i}.{name}"].to(device) for name in ("state", "window"))
         cache.update(state, window, i, num_tokens=int(metadata["num_tokens"]))
+    if "first_positions" in tensors:
+        cache.layers[0].first_positions = tensors["first_positions"].to(cache.layers[0].device)
     return cache
 
 

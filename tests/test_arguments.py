@@ -13,6 +13,9 @@ from modeling_minrnn import (
     MinRNNForSequenceClassification,
     MinRNNForTokenClassification,
     MinRNNModel,
+    load_state,
+    save_state,
+    sequence_chunked_backward,
 )
 
 CLASSES = [
@@ -185,22 +188,56 @@ def test_documents_packed_by_transformers_are_read_alone_whatever_marks_them(opt
     assert_close(packed, torch.cat([model(document[None]).logits[0] for document in documents]))
 
 
-@pytest.mark.parametrize("cut", range(1, sum(DOCUMENTS)))
-def test_a_packed_row_read_in_parts_is_its_documents_alone(cut):
+def read_in_parts(model, batch, sizes, marks, cache):
+    """The logits of a row that is read in parts of these sizes, one after the other."""
+    parts = zip(batch["input_ids"].split(sizes, 1), *(batch[name].split(sizes, 1) for name in marks))
+    return torch.cat(
+        [model(ids, past_key_values=cache, use_cache=True, **dict(zip(marks, rest))).logits for ids, *rest in parts], 1
+    )
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("marks", [["position_ids"], ["position_ids", "seq_idx"]], ids="-".join)
+def test_a_packed_row_read_in_parts_is_its_documents_alone(marks, start):
     model = small_model()
     documents = random_ids(sum(DOCUMENTS)).split(DOCUMENTS)
-    batch = collated(documents, return_position_ids=True, return_seq_idx=True)
-    alone = torch.cat([model(document[None]).logits[0] for document in documents])
-    for marks in (["position_ids"], ["position_ids", "seq_idx"]):
-        cache = DynamicCache(config=model.config)
-        parts = [
-            model(
-                batch["input_ids"][:, part], past_key_values=cache, use_cache=True,
-                **{name: batch[name][:, part] for name in marks},
-            ).logits[0]
-            for part in (slice(cut), slice(cut, None))
-        ]  # fmt: skip
-        assert_close(torch.cat(parts), alone)
+    batch = collated(documents, return_position_ids=True, return_seq_idx=True, position_ids_start=start)
+    alone = torch.cat([model(document[None]).logits for document in documents], 1)
+    T = sum(DOCUMENTS)
+    for sizes in ([1] * T, [5, 1, 8, 2], [6, 10], *([cut, T - cut] for cut in range(1, T))):
+        assert_close(read_in_parts(model, batch, sizes, marks, DynamicCache(config=model.config)), alone)
+
+
+@pytest.mark.parametrize("cut", [3, 5, 6])
+def test_a_state_file_and_a_chunked_backward_know_what_positions_a_row_began_with(cut, tmp_path):
+    model = small_model()
+    documents = random_ids(sum(DOCUMENTS)).split(DOCUMENTS)
+    batch = collated(documents, return_position_ids=True, position_ids_start=1)
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    alone = torch.cat([model(document[None]).logits for document in documents], 1)[:, cut:]
+    cache = DynamicCache(config=model.config)
+    sequence_chunked_backward(
+        model, ids[:, :cut], ids[:, :cut], 2, past_key_values=cache, position_ids=positions[:, :cut]
+    )
+    save_state(cache, tmp_path / "state", model)
+    for each in (cache, load_state(tmp_path / "state", model)):
+        assert_close(model(ids[:, cut:], past_key_values=each, position_ids=positions[:, cut:]).logits, alone)
+
+
+def test_rows_of_which_one_is_padding_at_first_are_read_on_from_where_each_began():
+    model = small_model()
+    first, second = random_ids(7).split([3, 4])
+    ids = torch.stack([torch.cat([first, second]), torch.cat([second.new_zeros(4), first])])
+    mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3])
+    positions = torch.tensor([[1, 2, 3, 1, 2, 3, 4], [1, 1, 1, 1, 1, 2, 3]])
+    cache = DynamicCache(config=model.config)
+    parts = [
+        model(ids[:, part], mask[:, part], positions[:, part], past_key_values=cache).logits
+        for part in (slice(3), slice(3, 5), slice(5, 7))
+    ]
+    logits = torch.cat(parts, 1)
+    assert_close(logits[0], torch.cat([model(first[None]).logits[0], model(second[None]).logits[0]]))
+    assert_close(logits[1, 4:], model(first[None]).logits[0])
 
 
 @pytest.mark.parametrize("marks", ["seq_idx", "cu_seq_lens_q", "positions from 1"])

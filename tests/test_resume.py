@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 import train
 from modeling_minrnn import MinRNNConfig
-from training.checkpoint import changed_settings, list_checkpoints, write_manifest
+from training.checkpoint import changed_settings, damage, list_checkpoints, write_manifest
 from training.config import CHANGEABLE, InputError, RunConfig, load_config
 from training.data import TokenStream, token_digests
 from training.report import read_metrics, read_rows
@@ -273,6 +273,32 @@ def test_what_the_user_edits_stays_and_costs_neither_the_best_model_nor_its_scor
     assert (folder / "model.safetensors").read_bytes() != weights_of_best
     assert json.loads((folder / "generation_config.json").read_text()) == generation
     assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize(
+    "name, edit",
+    [
+        ("generation_config.json", None),
+        ("generation_config.json", '{"max_new_tokens": 50'),
+        ("config.json", "{"),
+        ("tokenizer.json", None),
+        ("cells.py", ""),
+    ],
+)
+def test_a_missing_or_unreadable_file_costs_neither_the_best_model_nor_its_score(
+    run, setting, train_main, capsys, name, edit
+):
+    folder = run(**{"train.steps": 4})
+    (best,) = losses(folder, "held_out_loss")
+    written = {path.name: path.read_bytes() for path in (folder / name, folder / "model.safetensors")}
+    (folder / name).unlink() if edit is None else (folder / name).write_text(edit)
+    assert train_main(setting(**RESUME), ["train.steps=5", "train.learning_rate=9"]) == 0
+    output = capsys.readouterr().out
+    assert f"{name} was missing or damaged: it is written again" in output and "warning" not in output
+    assert losses(folder, "held_out_loss")[-1] > best
+    assert {name: (folder / name).read_bytes() for name in written} == written
+    assert damage(folder) is None
+    assert (edit is None) or (folder / f"{name}.damaged").read_text() == edit
 
 
 # ---- Re-signed checkpoints

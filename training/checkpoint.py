@@ -298,8 +298,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
 
     Another number of processes, or one that shares sequences otherwise, goes on with the same batches, save where it
     would draw other random numbers for dropout, read other documents of a stream or need the states of other rows.
-    Raises InputError then, and if the checkpoint is of another model or other data. Of a damaged best model it warns,
-    and forgets its loss, so that the next evaluation writes a whole one.
+    Raises InputError then, and if the checkpoint is of another model or other data.
     """
     try:
         shared = json.loads((checkpoint / "state.json").read_text())
@@ -342,10 +341,23 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, state: TrainingS
         SafetensorError, RuntimeError, OSError, AttributeError, LookupError, TypeError, ValueError, ArithmeticError
     ) as error:  # fmt: skip
         raise InputError(f"checkpoint {checkpoint} cannot be resumed: {one_line(error)[:200]}") from error
-    folder, reason = checkpoint.parent.parent, None
+
+
+def check_best_model(
+    accelerator: Accelerator, folder: Path, state: TrainingState, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Called by all processes of a resumed run: put the best model into place, if it was not, and mend it.
+
+    What the user has edited stays. Files but weights that are missing or cannot be read are written again; if they
+    were there, what they held goes to NAME.damaged. Where the weights are damaged, warns and forgets their loss, so
+    that the next evaluation writes a whole model.
+    """
+    reason = None
     with same_error(f"{folder}: the best model cannot be put into place"):
         if accelerator.is_main_process:
             install_best_model(folder)
+            for name in rewrite_unreadable(folder, state.model, tokenizer):
+                accelerator.print(f"{folder / name} was missing or damaged: it is written again")
             edited = edited_files(folder)
             for name in sorted(edited):
                 accelerator.print(f"{folder / name} was edited: it stays as it is")
@@ -503,20 +515,52 @@ def same_error(what: str) -> Iterator[None]:
 
 def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """The model in `folder` is the one from before or this one: its files are replaced once all are on the disk."""
+    with written_model(folder, model, tokenizer) as partial:
+        write_manifest(partial)
+        os.replace(partial, folder / READY)
+        sync(folder)
+    install_best_model(folder)
+
+
+@contextmanager
+def written_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **kwargs
+) -> Iterator[Path]:
+    """A folder inside `folder` with the files of the model; what is still there at the end is removed."""
     partial = folder / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, **kwargs)
         try:
             tokenizer.save_pretrained(partial)
         except Exception as error:  # tokenizers has no other for a full disk
             raise OSError(one_line(error)) from error
-        write_manifest(partial)
-        os.replace(partial, folder / READY)
-        sync(folder)
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    install_best_model(folder)
+
+
+def rewrite_unreadable(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Write again the files, except weights, of the model in `folder` that are missing or cannot be read.
+
+    Returns their names. What was in an unreadable one, which the user may have edited, goes to NAME.damaged.
+    """
+    digests = manifest(folder)
+    lost = [name for name in digests if WEIGHTS not in name and not is_readable(folder / name)]
+    if not lost:
+        return []
+    with written_model(folder, model, tokenizer, state_dict={}) as partial:
+        lost = [name for name in lost if (partial / name).is_file()]
+        for name in lost:
+            path = folder / name
+            if path.exists():
+                os.replace(path, path.with_name(path.name + ".damaged"))
+            path.parent.mkdir(exist_ok=True)
+            os.replace(partial / name, path)
+            sync(path)
+            digests[name] = sha256(path)
+    write_file(folder / MANIFEST_FILE, json.dumps(digests, indent=1))
+    return lost
 
 
 def install_best_model(folder: Path) -> None:
