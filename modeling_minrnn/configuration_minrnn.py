@@ -17,12 +17,13 @@ BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant"
 # What PEFT adapts where its configuration names no modules: every Linear of the layers.
 LORA_TARGET_MODULES = ["in_proj", "gate_proj", "out_proj", "up_proj", "down_proj"]
 
-# Fields that are options of some cells, with what None stands for in them, for a state of width D.
+# Fields that are options of some cells: what None stands for in these, for a state of width D, and in all others.
+# PEFT asks every model for its heads, to divide by: one is what a state without any has.
 CELL_OPTIONS = {
-    "candidate": lambda D: "g",
-    "num_heads": lambda D: math.gcd(D, 8),
-    "memory_order": lambda D: math.gcd(D, 16),
-    "memory_window": lambda D: 256,
+    "candidate": (lambda D: "g", None),
+    "num_heads": (lambda D: math.gcd(D, 8), 1),
+    "memory_order": (lambda D: math.gcd(D, 16), None),
+    "memory_window": (lambda D: 256, None),
 }
 
 
@@ -75,7 +76,8 @@ class MinRNNConfig(PreTrainedConfig):
         cell_type: a name of `cells.CELLS`: "mingru" (one gate), "minlstm" (forget and input gate), "mingru_signed",
             "aaren", "rwkv4", "lru", "rglru", "hgrn" or "lmu"; or a list of them, one for each layer.
         candidate: of "mingru" and "minlstm": "g" (None; positive, the paper's) or "linear", a state of either sign.
-        num_heads: of "aaren", the means that share D; None for the largest of 8, 4, 2, 1 that divides D.
+        num_heads: of "aaren", the means that share D; None for the largest of 8, 4, 2, 1 that divides D. Of other
+            cells 1.
         memory_order, memory_window: of "lmu", numbers of state a channel (None for the largest of 16, 8, 4, 2, 1 that
             divides D) and the tokens that they stand for (None for 256).
         output_gate: multiply what the recurrence gives by silu(W x), x its input.
@@ -152,9 +154,9 @@ class MinRNNConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.initializer_range is None:
             self.initializer_range = max(self.hidden_size, 1) ** -0.5  # a width below 1 is refused, but later
-        for name, default in CELL_OPTIONS.items():
-            if getattr(self, name) is None and self._has_option(name) and math.isfinite(self.expansion_factor):
-                setattr(self, name, default(self.state_size))
+        for name, (default, elsewhere) in CELL_OPTIONS.items():
+            if getattr(self, name) is None and math.isfinite(self.expansion_factor):
+                setattr(self, name, default(self.state_size) if self._has_option(name) else elsewhere)
         if self.use_cache is None:
             self.use_cache = not self.bidirectional
         if self.bidirectional:  # transformers warns of rules for modules that are not there
@@ -268,8 +270,8 @@ class MinRNNConfig(PreTrainedConfig):
                 f"cell_type must be one name, or {self.num_hidden_layers} names for as many layers, not "
                 f"{len(self.cell_types)}"
             )
-        for name in CELL_OPTIONS:
-            if getattr(self, name) is not None and not self._has_option(name):
+        for name, (_, elsewhere) in CELL_OPTIONS.items():
+            if getattr(self, name) not in (None, elsewhere) and not self._has_option(name):
                 having = [cell for cell in CELLS if name in CELLS[cell].__dataclass_fields__]
                 raise ValueError(f"{name} is an option of {' and '.join(having)}, not of {self.cell_type}")
         for cell in self.cells:

@@ -168,7 +168,8 @@ def test_a_tuned_prompt_is_read_before_the_text_and_its_gradient_is_that_of_the_
     assert torch.equal(generated[:, 7:], again)
 
 
-def test_prefix_tuning_is_refused_and_state_tuning_named():
-    model = prompt_tuned(peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=2))
+@pytest.mark.parametrize("heads", [None, 2])
+def test_prefix_tuning_is_refused_and_state_tuning_named(heads):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_attention_heads=heads)
     with pytest.raises(ValueError, match="prefix tuning.* state tuning in docs/fine-tuning.md"):
-        model(input_ids=random_ids(2, 7))
+        prompt_tuned(config)(input_ids=random_ids(2, 7))
