@@ -81,6 +81,7 @@ from training.tasks import HeldOutQuestions, load_task
 from training.tokenizers import load_tokenizer
 
 EVALUATION_CHUNK_TOKENS = 4096
+FIRST_TOKENS = 1 << 16
 MOST_SKIPPED_STEPS = 10  # in a row, with train.on_nonfinite=skip
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
 EXIT_RESUME = 75  # by SIGTERM; EX_TEMPFAIL of sysexits.h: the same command with train.resume=true goes on
@@ -347,7 +348,10 @@ def load_data(
                 processes=share.data_ranks,
                 workers=data.workers,
             )
-            return tokenizer, batches, held_out, token_digests(tokenizer, {"held-out tokens": held_out})
+            # A stream is known by its beginning.
+            beginning = token_stream(documents, tokenizer, FIRST_TOKENS)
+            streams = {"first training tokens": beginning, "held-out tokens": held_out}
+            return tokenizer, batches, held_out, token_digests(tokenizer, streams)
         stream = token_stream(documents, tokenizer)
     digests = token_digests(tokenizer, {"training tokens": stream, "held-out tokens": held_out})
     shape = train.sequence_length, train.batch_size

@@ -31,7 +31,7 @@ import train
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 from training.checkpoint import list_checkpoints
 from training.config import InputError, TrainConfig, load_config
-from training.data import TokenStream, load_documents, token_stream
+from training.data import TokenStream, is_held_out, load_documents, token_stream
 from training.report import read_metrics
 from training.tokenizers import byte_tokenizer
 
@@ -216,9 +216,14 @@ def test_streaming_trains_and_resumes_on_a_local_data_set(run, tmp_path):
     whole = run(**data)
     shutil.copytree(whole, tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000008")
-    resumed = run(**data, **{"train.output_dir": str(tmp_path / "stopped"), "train.resume": True})
+    resume = {"train.output_dir": str(tmp_path / "stopped"), "train.resume": True}
+    resumed = run(**data, **resume)
     assert losses(resumed) == losses(whole)
     assert_equal_weights(weights(resumed), weights(whole))
+    trained_on = next(row for row in rows if not is_held_out(json.loads(row)["text"], 0.1))
+    (corpus / "train.jsonl").write_text("\n".join(row for row in rows if row != trained_on))
+    with pytest.raises(InputError, match="name another text .* with other first training tokens$"):
+        run(**data, **resume)
 
 
 # ---- Evaluation
