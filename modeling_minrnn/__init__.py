@@ -12,6 +12,7 @@ from transformers import (
 
 from .chunked_backward import sequence_chunked_backward
 from .configuration_minrnn import MinRNNConfig
+from .layer import MinGRU, MinLSTM, MinRNN
 from .modeling_minrnn import (
     NO_LOGITS,
     MinRNNForCausalLM,
@@ -37,6 +38,9 @@ AutoModelForTokenClassification.register(MinRNNConfig, MinRNNForTokenClassificat
 
 __all__ = [
     "NO_LOGITS",
+    "MinGRU",
+    "MinLSTM",
+    "MinRNN",
     "MinRNNConfig",
     "MinRNNForCausalLM",
     "MinRNNForMaskedLM",

@@ -82,6 +82,8 @@ def _plain_scan(projected, parameters, initial_state, reset_state, reset_mask, p
         # What is carried and what is returned may not share memory.
         return state, (outputs[:, 0].clone(), rest[:, 0].clone())
 
+    if padding_mask is None:
+        padding_mask = torch.zeros_like(projected[..., 0], dtype=torch.bool)
     tokens = (projected.transpose(0, 1), padding_mask.transpose(0, 1))
     final_state, (outputs, rest) = scan(step, initial_state.contiguous(), tokens)
     return outputs.transpose(0, 1), rest.transpose(0, 1), final_state

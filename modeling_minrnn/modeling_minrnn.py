@@ -44,8 +44,9 @@ from .cells import cell_of
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import all_gather, conv_windows
 from .diagnose import StateReport
+from .layer import CellProjection, local
 from .masks import NO_MASKS, Masks, padding_mask_of, reset_mask_of
-from .scan import scan_states, stack_parameters, state_dtype
+from .scan import scan_states, state_dtype
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
@@ -109,24 +110,20 @@ class MinRNNCausalConv(nn.Module):
         return causal_conv(hidden_states, self.weight, window, taps, self.backend)
 
 
-class MinRNNRecurrence(nn.Module):
+class MinRNNRecurrence(CellProjection):
     """in_proj -> scan -> out_proj; with config.output_gate, gated by silu(gate_proj) in between."""
 
     initial_state: nn.Parameter | None
 
     def __init__(self, config: MinRNNConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx, self.backend = layer_idx, config.scan_backend
         # Loaded from the Hub, a configuration has its own copy of cells.py, whose classes are not those of the scan.
-        self.cell = cell_of(config.cells[layer_idx].spec)
-        D = self.state_size = config.state_size  # of this process, under tensor parallelism
-        bias = config.max_timescale is not None and self.cell.remembers_by == "bias"
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.cell.blocks(D)), bias=bias)
+        cell, D = cell_of(config.cells[layer_idx].spec), config.state_size
+        bias = config.max_timescale is not None and cell.remembers_by == "bias"
+        super().__init__(cell, config.hidden_size, D, bias)  # under tensor parallelism state_size will be a part of D
+        self.layer_idx, self.backend = layer_idx, config.scan_backend
         self.gate_proj = nn.Linear(config.hidden_size, D, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(D, config.hidden_size, bias=False)
-        for name in self.cell.parameter_names:
-            self.register_parameter(name, nn.Parameter(torch.empty(self.cell.parameter_channels(D))))
-        start = nn.Parameter(torch.empty(D + self.cell.log_sums(D))) if config.learned_initial_state else None
+        start = nn.Parameter(torch.empty(D + cell.log_sums(D))) if config.learned_initial_state else None
         self.register_parameter("initial_state", start)
 
     def start(self, like: Tensor) -> Tensor:
@@ -134,11 +131,6 @@ class MinRNNRecurrence(nn.Module):
         if self.initial_state is None:
             return self.cell.start(self.state_size, state_dtype(like.dtype), like.device)
         return local(self.initial_state).to(state_dtype(like.dtype))
-
-    def parameters_of_cell(self, like: Tensor) -> Tensor:
-        return stack_parameters(
-            self.cell, {name: local(getattr(self, name)) for name in self.cell.parameter_names}, like
-        )
 
     def forward(
         self,
@@ -171,11 +163,6 @@ class MinRNNRecurrence(nn.Module):
         if self.gate_proj is not None:
             outputs = outputs * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(outputs), scanned.all_states(), scanned.final_state
-
-
-def local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, under tensor parallelism."""
-    return getattr(parameter, "to_local", lambda: parameter)()
 
 
 class MinRNNMLP(nn.Module):
@@ -324,13 +311,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
             init.normal_(module.out_proj.weight, std=residual_std)
             if module.initial_state is not None:
                 init.zeros_(module.initial_state)
-            values = module.cell.initial_parameters(
-                module.state_size, module.layer_idx, config.num_hidden_layers, config.max_timescale,
-                module.in_proj.weight.device,
-            )  # fmt: skip
-            for name, value in values.items():
-                parameter = module.in_proj.bias if name == "bias" else getattr(module, name)
-                init.copy_(parameter, value.to(parameter.dtype))
+            module.initialize(init.copy_, module.layer_idx, config.num_hidden_layers, config.max_timescale)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh):
