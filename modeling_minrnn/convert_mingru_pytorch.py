@@ -1,13 +1,15 @@
-"""Language models of the package minGRU-pytorch (PyPI, version 0.2.1) as MinRNN models with the same logits."""
+"""Language models and bare layers of the package minGRU-pytorch (PyPI, version 0.2.1), with the same outputs."""
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cells import cell_of
 from .configuration_minrnn import MinRNNConfig
+from .layer import MinRNN
 from .modeling_minrnn import MinRNNForCausalLM
 
 PROJECTIONS = {"mingru": "to_hidden_and_gate", "minlstm": "to_hidden_and_f_i_gate"}
@@ -91,4 +93,46 @@ def _layer(take: Callable[[str], Tensor], i: int, cell_type: str, H: int, rest: 
     }
 
 
-__all__ = ["convert_mingru_pytorch"]
+def convert_layer(state_dict: dict[str, Tensor], **kwargs) -> MinRNN:
+    """The layer with the weights, and so the outputs, of a bare minGRU or minLSTM.
+
+        layer = convert_layer(minGRU(dim=64).state_dict(), batch_first=True)
+
+    Args:
+        state_dict: of `minGRU` or `minLSTM` of minGRU-pytorch, without a projection of the output; or of a module with
+            the linear maps of the paper's listings, linear_z and linear_h, or linear_f, linear_i and linear_h.
+        kwargs: of `MinRNN`, as batch_first.
+
+    Raises ValueError for other names.
+    """
+    listings = {"mingru": ("linear_z", "linear_h"), "minlstm": ("linear_f", "linear_i", "linear_h")}
+    for cell_type, name in PROJECTIONS.items():
+        if set(state_dict) == {f"{name}.weight"}:
+            candidate, *gates = state_dict[f"{name}.weight"].chunk(len(cell_of(cell_type).blocks(0)))
+            return _filled(cell_type, {"weight": torch.cat([*gates, candidate])}, kwargs)
+    for cell_type, names in listings.items():
+        for kinds in (("weight", "bias"), ("weight",)):
+            if set(state_dict) == {f"{name}.{kind}" for name in names for kind in kinds}:
+                tensors = {kind: torch.cat([state_dict[f"{name}.{kind}"] for name in names]) for kind in kinds}
+                return _filled(cell_type, tensors, kwargs)
+    raise ValueError(
+        f"{sorted(state_dict)} are not the weights of one layer: expected one of {list(PROJECTIONS.values())}, or "
+        f"{' or '.join(map(str, listings.values()))}; a projection of the output (to_out) is no part of it"
+    )
+
+
+def _filled(cell_type: str, tensors: dict[str, Tensor], kwargs: dict[str, Any]) -> MinRNN:
+    width, input_size = tensors["weight"].shape
+    layer = MinRNN(
+        input_size,
+        width // len(cell_of(cell_type).blocks(0)),
+        bias="bias" in tensors,
+        dtype=tensors["weight"].dtype,
+        cell_type=cell_type,
+        **kwargs,
+    )
+    layer.load_state_dict({f"projections.0.in_proj.{kind}": tensor for kind, tensor in tensors.items()})
+    return layer
+
+
+__all__ = ["convert_layer", "convert_mingru_pytorch"]

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from minGRU_pytorch.hybridLM import hybridLM
+from minGRU_pytorch.minGRU import minGRU
 from minGRU_pytorch.minLM import minLM
+from minGRU_pytorch.minLSTM import minLSTM
 from small_models import assert_close, random_ids
 
 from modeling_minrnn import MinRNNForCausalLM
-from modeling_minrnn.convert_mingru_pytorch import convert_mingru_pytorch
+from modeling_minrnn.convert_mingru_pytorch import convert_layer, convert_mingru_pytorch
 
 both_cells = pytest.mark.parametrize("use_lstm", [False, True], ids=["mingru", "minlstm"])
 SHAPES = (
@@ -80,6 +82,43 @@ def test_a_converted_model_is_a_copy_that_can_be_saved_and_trained_further(tmp_p
     with torch.no_grad():
         model.model.embed_tokens.weight.zero_()
     assert torch.equal(original.token_emb.weight, before)
+
+
+@both_cells
+@torch.no_grad()
+def test_a_converted_layer_has_the_outputs_of_the_original_and_goes_on_as_it_does(use_lstm):
+    torch.manual_seed(0)
+    original = (minLSTM if use_lstm else minGRU)(7).double()
+    layer = convert_layer(original.state_dict(), batch_first=True)
+    x = torch.randn(2, 11, 7, dtype=torch.float64)
+    output, h_n = layer(x)
+    assert_close(output, original(x))
+    assert_close(layer.step(x[:, 0], h_n)[0], original(x[:, :1], h_n[0][:, None])[:, 0])
+
+
+@both_cells
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_layer_of_the_papers_listing_is_converted(use_lstm, bias):
+    names = ["linear_f", "linear_i", "linear_h"] if use_lstm else ["linear_z", "linear_h"]
+    linear = torch.nn.ModuleDict({name: torch.nn.Linear(5, 4, bias, dtype=torch.float64) for name in names})
+    x, h, outputs = torch.randn(3, 9, 5, dtype=torch.float64), 0.0, []
+    for t in range(9):
+        x_h = linear["linear_h"](x[:, t])
+        candidate = torch.where(x_h >= 0, x_h + 0.5, x_h.sigmoid())
+        first, second = (linear[name](x[:, t]).sigmoid() for name in (names[0], names[-2]))
+        share = second / (first + second) if use_lstm else first
+        h = (1 - share) * h + share * candidate
+        outputs.append(h)
+    layer = convert_layer(linear.state_dict(), batch_first=True)
+    assert_close(layer(x)[0], torch.stack(outputs, 1))
+
+
+@pytest.mark.parametrize("module", [minGRU(4, expansion_factor=2), torch.nn.GRU(3, 4), torch.nn.ReLU()], ids=type)
+def test_what_is_no_layer_is_refused_in_one_line(module):
+    with pytest.raises(ValueError, match="not the weights of one layer: expected one of") as error:
+        convert_layer(module.state_dict())
+    assert "\n" not in str(error.value)
 
 
 def changed(**changes):

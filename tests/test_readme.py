@@ -12,7 +12,11 @@ from printable_model import printable_model, save
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDED = {"docs/fine-tuning.md": ("peft", "trl", "lm_eval", "torchao"), "docs/migration.md": ("minGRU_pytorch",)}
+NEEDED = {
+    "docs/fine-tuning.md": ("peft", "trl", "lm_eval", "torchao"),
+    "docs/layer.md": ("minGRU_pytorch",),
+    "docs/migration.md": ("minGRU_pytorch",),
+}
 
 
 def blocks(guide):
@@ -40,8 +44,8 @@ def test_the_code_of_a_guide_runs_from_top_to_bottom(guide, demo, monkeypatch):
     exec(compile("\n".join(blocks(guide)), guide.name, "exec"), {"__name__": guide.stem})
 
 
-def test_the_readme_has_three_snippets():
-    assert len(blocks(ROOT / "README.md")) == 3
+def test_the_readme_has_four_snippets():
+    assert len(blocks(ROOT / "README.md")) == 4
 
 
 @pytest.mark.parametrize("guide", [*GUIDES, ROOT / "CONTRIBUTING.md"], ids=lambda guide: guide.stem)
