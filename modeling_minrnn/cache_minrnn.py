@@ -168,6 +168,11 @@ class MinRNNDynamicLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda tensor: tensor[indices])
 
+    def append_rows(self, others: Sequence["MinRNNDynamicLayer"]) -> None:
+        """The rows of other layers after those of this one. Each has seen tokens; how many is no longer known."""
+        self.keys = torch.cat([self.keys, *(other.keys for other in others)])
+        self.values = torch.cat([self.values, *(other.values for other in others)])
+
     @property
     def batch_size(self) -> int:
         return self.keys.shape[0] if self.is_initialized else -1

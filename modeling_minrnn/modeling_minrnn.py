@@ -636,6 +636,22 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
                 f"new ones alone with an attention_mask of {seen + T} columns"
             )
 
+    @torch.no_grad()
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
+        """As in transformers, which reaches it from `generate_batch`, `continuous_batching_context_manager` and its
+        server; see `continuous_batching.MinRNNBatchingConfig`. Needs transformers 5.23."""
+        from .continuous_batching import MinRNNBatchingConfig, RowBatchingManager
+
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        if kept is not None:
+            return kept
+        return RowBatchingManager(
+            self,
+            self.generation_config if generation_config is None else generation_config,
+            MinRNNBatchingConfig() if continuous_batching_config is None else continuous_batching_config,
+            workload_hints,
+        )
+
     def _get_static_cache_init_shape(self) -> None:
         """None, for chunked prefill: the state has no attention heads."""
 

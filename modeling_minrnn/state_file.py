@@ -29,7 +29,14 @@ CONFIG_FIELDS = (
 )  # fmt: skip
 
 
-def save_state(cache: Cache, path: str | os.PathLike, model: MinRNNPreTrainedModel, *, overwrite: bool = False) -> int:
+def save_state(
+    cache: Cache,
+    path: str | os.PathLike,
+    model: MinRNNPreTrainedModel,
+    *,
+    overwrite: bool = False,
+    known_hash: str | None = None,
+) -> int:
     """Write the state after the tokens seen so far, to go on from with `load_state`; return the size in bytes.
 
     Args:
@@ -39,6 +46,7 @@ def save_state(cache: Cache, path: str | os.PathLike, model: MinRNNPreTrainedMod
         model: the model that filled the cache. The file holds a hash of it, over the embedding, the layers and the
             final norm, which takes about a second for a GB of weights; other heads may go on from the same state.
         overwrite: replace a file that exists.
+        known_hash: `model_hash(model)`, for a caller that writes many states of one model.
 
     Raises:
         ValueError: a cache that has seen nothing, or of another model.
@@ -59,21 +67,27 @@ def save_state(cache: Cache, path: str | os.PathLike, model: MinRNNPreTrainedMod
         tensors |= {f"layers.{i}.state": state.contiguous(), f"layers.{i}.window": window.contiguous()}
     if cache.layers[0].first_positions is not None:
         tensors["first_positions"] = cache.layers[0].first_positions
-    metadata = {"format": FORMAT, "model": _model_hash(model), "num_tokens": str(int(cache.get_seq_length()))}
+    metadata = {
+        "format": FORMAT,
+        "model": known_hash or model_hash(model),
+        "num_tokens": str(int(cache.get_seq_length())),
+    }
     metadata["checksum"] = _hash(metadata, tensors)
     data = save(tensors, metadata)
     _write(data, path, overwrite)
     return len(data)
 
 
-def load_state(path: str | os.PathLike, model: MinRNNPreTrainedModel) -> DynamicCache:
+def load_state(
+    path: str | os.PathLike, model: MinRNNPreTrainedModel, *, known_hash: str | None = None
+) -> DynamicCache:
     """The cache that `save_state` wrote, on the devices of the model, to go on from with the same model:
 
         cache = load_state(path, model)
         mask = torch.ones(B, cache.get_seq_length() + new_ids.shape[1])  # tells generate that all of new_ids is new
         model.generate(new_ids, past_key_values=cache, attention_mask=mask)
 
-    The checksum tells damage, not forgery.
+    The checksum tells damage, not forgery. known_hash: as in `save_state`.
 
     Raises:
         ValueError: the file is not such a state, or damaged, or of a model with another configuration or with other
@@ -91,7 +105,7 @@ def load_state(path: str | os.PathLike, model: MinRNNPreTrainedModel) -> Dynamic
         )
     if metadata.pop("checksum", None) != _hash(metadata, tensors):
         raise ValueError(f"{path} is damaged: its checksum does not match")
-    if metadata["model"] != _model_hash(model):
+    if metadata["model"] != (known_hash or model_hash(model)):
         raise ValueError(f"{path} is the state of another model: the configuration or the weights differ")
     cache = DynamicCache(config=model.config)
     for i, layer in enumerate(model.base_model.layers):
@@ -103,7 +117,8 @@ def load_state(path: str | os.PathLike, model: MinRNNPreTrainedModel) -> Dynamic
     return cache
 
 
-def _model_hash(model: MinRNNPreTrainedModel) -> str:
+def model_hash(model: MinRNNPreTrainedModel) -> str:
+    """SHA-256 of what a state depends on: the configuration and the weights but those of the head."""
     fields = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
     specs = [cell.spec for cell in model.config.cells]
     if specs != model.config.cell_types:  # options of the cells, which not every file has

@@ -1,0 +1,358 @@
+"""Continuous batching: many requests through one model, each admitted and answered while others are.
+
+transformers' ContinuousBatchingManager keeps the queues, the thread of the generation loop and the results. Its
+batches read a paged cache of keys and values; here a request is one row of the recurrent states, so there are no
+pages. Two threads share the model: the generation loop takes a token for all requests that write, and a reader takes
+chunks of prompts in turn, so that neither waits for the other. Needs transformers 5.23.
+"""
+
+import copy
+import queue
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.cache_utils import DynamicCache
+from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+
+from .modeling_minrnn import NO_LOGITS
+from .prefix_store import Digest, PrefixStore, next_border
+
+CHUNK_TOKENS = 512  # of a prompt at a time: more is hardly faster, and others wait for their turn meanwhile
+OWN_ARGUMENTS = {"do_sample": bool, "seed": int}  # of a request, beside those of the logits processors
+
+
+class NoPages:
+    """Stands for the allocator of a paged cache, of which the configuration asks this and nothing is built."""
+
+    supports_block_table = False
+
+
+ATTN_TYPE_TO_ALLOCATOR["minrnn"] = NoPages
+
+
+@dataclass
+class MinRNNBatchingConfig(ContinuousBatchingConfig):
+    """transformers' settings, of which `max_requests_per_batch`, `max_queue_size`, `per_request_processors`,
+    `return_logprobs` and `seed` apply, and what is kept of prompts that were read.
+
+    Args:
+        prefix_bytes: of states that are kept for prompts that begin the same, see `prefix_store`; 0 for none.
+        prefix_folder: None, or where they are kept across restarts.
+    """
+
+    prefix_bytes: int = 256 * 2**20
+    prefix_folder: str | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """A request, and what has been read of it."""
+
+    state: RequestState
+    generator: torch.Generator | None  # of a request with a seed
+    digest: Digest = field(default_factory=Digest)  # of the tokens read
+    cache: DynamicCache | None = None  # while its prompt is read
+    logits: Tensor | None = None  # (1, V) after the prompt
+    error: Exception | None = None  # that the reader met
+    has_new_token: bool = True  # which logits processors ask
+
+    def is_sampled(self, default: bool) -> bool:
+        return self.state.logit_processor_kwargs.get("do_sample", default)
+
+
+class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
+    """Admits requests to rows, reads their prompts, and takes a token for every row at each step of the loop."""
+
+    use_async_batching = False
+
+    def __init__(self, manager: "RowBatchingManager"):
+        config = manager.continuous_batching_config
+        self.model, self.cb_config, self.manager = manager.model, config, manager
+        self.logit_processor, self.greedy_processor = manager.logit_processor, manager.greedy_processor
+        self.do_sample = bool(manager.generation_config.do_sample)
+        self.input_queue, self.cancel_queue = manager.input_queue, manager.cancel_queue
+        self.output_router, self.distributed_helper = manager.output_router, manager.distributed_helper
+        self.background_thread_status = manager.background_thread_status
+        self.inputs_and_outputs = SimpleNamespace(compute_stream=None)
+        if config.seed is not None:
+            torch.manual_seed(config.seed)
+        self.slots = config.max_requests_per_batch
+        self.prefixes = PrefixStore(
+            self.model,
+            getattr(config, "prefix_bytes", MinRNNBatchingConfig.prefix_bytes) if config.allow_block_sharing else 0,
+            getattr(config, "prefix_folder", None),
+        )
+        self.scheduler = FIFOScheduler(self, safety_margin=0.0, max_requests_per_batch=self.slots)
+        self.read_tokens = self.written_tokens = self.steps = 0
+        self._model_lock = threading.Lock()  # held by the reader for a chunk
+        self._reader: threading.Thread | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.scheduler.reset()
+        self.rows: list[Row] = []  # that write, in the order of the rows of `cache`
+        self.cache = DynamicCache(config=self.model.config)
+        self.new_rows: list[Row] = []  # of which the prompt has been read
+        self._unread: queue.SimpleQueue[Row | None] = queue.SimpleQueue()  # None wakes the reader
+        self._read: queue.SimpleQueue[Row] = queue.SimpleQueue()
+
+    def free_blocks(self, request_id: str) -> None:
+        """Nothing: rows of requests that the scheduler has let go of are dropped before the next step."""
+
+    def counters(self) -> dict[str, int]:
+        """What was done so far, for monitoring."""
+        scheduler = self.scheduler
+        return {
+            "active": len(scheduler.active_requests),
+            "waiting": len(scheduler.waiting_requests) + self.input_queue.qsize(),
+            "steps": self.steps,
+            "read_tokens": self.read_tokens,
+            "written_tokens": self.written_tokens,
+            **{f"prefix_{name}": value for name, value in self.prefixes.counters().items()},
+        }
+
+    # ---- In the thread of the generation loop
+
+    def prepare_next_batch(self) -> bool:
+        """Whether there is a token to take."""
+        paused = self.background_thread_status.is_pause_requested()
+        with self._model_lock if paused else nullcontext():
+            hard_stopping = self._update_tp_group_state()
+            if paused:  # the weights may have changed
+                self.prefixes.clear()
+        if hard_stopping:
+            return False
+        for state in self.scheduler.clear_cancelled_requests():
+            self.output_router.fail_and_deliver(state, RuntimeError("the request was cancelled"))
+        self._admit()
+        self._drop_rows()
+        self._collect_rows()
+        return bool(self.rows or self.new_rows)
+
+    def _admit(self) -> None:
+        scheduler = self.scheduler
+        while scheduler.waiting_requests_order and len(scheduler.active_requests) < self.slots:
+            state = scheduler.waiting_requests.pop(scheduler.waiting_requests_order.popleft(), None)
+            reason = state and self._reason_to_refuse(state)
+            if reason:
+                self._handle_request_error(ValueError(reason), state)
+            elif state:
+                self._admit_children(state)
+                scheduler.active_requests[state.request_id] = state
+                state.status = RequestStatus.PREFILLING
+                state.remaining_prefill_tokens = []  # `position_offset` tells what is left: no copies of a long list
+                seed, generator = state.logit_processor_kwargs.get("seed"), None
+                if seed is not None:
+                    generator = torch.Generator(self.model.device).manual_seed(seed)
+                self._unread.put(Row(state, generator))
+        if scheduler.active_requests and self._reader is None:
+            self._reader = threading.Thread(target=self._read_prompts, name="minrnn-reader", daemon=True)
+            self._reader.start()
+
+    def _admit_children(self, state: RequestState) -> None:
+        """The other sequences of num_return_sequences, as requests of their own that come next."""
+        for i in reversed(range(state.num_children)):
+            child = state.create_equivalent_initial_request()
+            child.request_id, child.num_children = f"{state.request_id}__child#{i}", 0
+            self.scheduler.waiting_requests[child.request_id] = child
+            self.scheduler.waiting_requests_order.appendleft(child.request_id)
+
+    def _reason_to_refuse(self, state: RequestState) -> str | None:
+        tokens, vocab_size = state.initial_tokens, self.model.config.vocab_size
+        if not tokens:
+            return "the prompt is empty: it must hold at least one token"
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < vocab_size:
+                return f"token id {token} is not in the vocabulary: ids must be in 0..{vocab_size - 1}"
+        if state.max_new_tokens is not None and state.max_new_tokens < 1:
+            return f"max_new_tokens must be at least 1, not {state.max_new_tokens}"
+        if state.request_id in self.scheduler.active_requests:
+            return f"another request with the id {state.request_id} is running"
+        return None
+
+    def _is_active(self, row: Row) -> bool:
+        return self.scheduler.active_requests.get(row.state.request_id) is row.state
+
+    def _drop_rows(self) -> None:
+        """Rows of requests that are finished or cancelled."""
+        kept = [i for i, row in enumerate(self.rows) if self._is_active(row)]
+        if len(kept) < len(self.rows):
+            self.rows = [self.rows[i] for i in kept]
+            self.cache.batch_select_indices(torch.tensor(kept, device=self.model.device, dtype=torch.long))
+
+    def _collect_rows(self) -> None:
+        """From the reader."""
+        while not self._read.empty():
+            row = self._read.get()
+            if not self._is_active(row):
+                continue
+            if row.error is None:
+                self.new_rows.append(row)
+            else:
+                self._handle_request_error(row.error, row.state)
+                self.scheduler.finish_request(row.state.request_id)
+
+    @torch.no_grad()
+    def _generation_step(self, model: nn.Module) -> None:
+        logits = []
+        if self.rows:
+            ids = torch.tensor([row.state.tokens_to_process for row in self.rows], device=self.model.device)
+            logits.append(model(ids, past_key_values=self.cache, use_cache=True).logits[:, -1])
+            for row in self.rows:
+                row.state.position_offset += 1
+        self._join(logits)
+        self.tokens, self.logprobs = self._choose(torch.cat(logits).float())
+        self.steps += 1
+
+    def _join(self, logits: list[Tensor]) -> None:
+        """Prompts that have been read become rows."""
+        new, self.new_rows = self.new_rows, []
+        if not new:
+            return
+        logits += [row.logits for row in new if row.logits is not None]
+        caches = [row.cache for row in new if row.cache is not None]
+        if not self.rows:
+            self.cache = caches.pop(0)
+        for layer, *others in zip(self.cache.layers, *(cache.layers for cache in caches)):
+            layer.append_rows(others)
+        for row in new:
+            row.cache = row.logits = None
+            row.state.status = RequestStatus.DECODING
+        self.rows += new
+
+    def _choose(self, logits: Tensor) -> tuple[list[int], list[float | None]]:
+        """A token for each row of (B, V), and its log-probability where they are asked for."""
+        sampled = [i for i, row in enumerate(self.rows) if row.is_sampled(self.do_sample)]
+        greedy = sorted(set(range(len(self.rows))) - set(sampled))
+        scores = logits
+        for processors, rows in ((self.logit_processor, sampled), (self.greedy_processor, greedy)):
+            if processors.do_processing and rows:
+                scores = scores.clone() if scores is logits else scores
+                scores[rows] = self._process(processors, rows, logits[rows])
+        chosen = scores.argmax(-1)
+        if sampled or self.cb_config.return_logprobs:
+            probabilities = scores.softmax(-1)
+            unseeded = [i for i in sampled if self.rows[i].generator is None]
+            if unseeded:
+                chosen[unseeded] = torch.multinomial(probabilities[unseeded], 1)[:, 0]
+            for i in set(sampled) - set(unseeded):  # as `generate` draws after torch.manual_seed
+                chosen[i] = torch.multinomial(probabilities[i : i + 1], 1, generator=self.rows[i].generator)[0, 0]
+        logprobs: list[float | None] = [None] * len(self.rows)
+        if self.cb_config.return_logprobs:
+            logprobs = probabilities.gather(1, chosen[:, None])[:, 0].log().tolist()
+        return chosen.tolist(), logprobs
+
+    def _process(self, processors: ContinuousBatchingLogitsProcessorList, rows: list[int], scores: Tensor) -> Tensor:
+        requests = [self.rows[i] for i in rows]
+        last = torch.tensor([row.state.initial_tokens[-1:] for row in requests], device=scores.device)
+        arguments = torch.empty(processors.tensors_required, len(rows), dtype=torch.int32, device=scores.device)
+        return processors(last, scores, processors.prepare_tensor_args(requests, arguments))
+
+    def update_batch(self) -> None:
+        outputs = []
+        for i, (row, token, logprob) in enumerate(zip(self.rows, self.tokens, self.logprobs)):
+            state = row.state
+            if state.update_and_check_completion(token, logprob):
+                row.digest.update(state.generated_tokens[:-1])  # the last one has not been read
+                self.prefixes.put(row.digest, self.cache, i)
+                self.scheduler.finish_request(state.request_id)
+            if state.streaming or state.status == RequestStatus.FINISHED:
+                outputs.append(state.to_generation_output())
+        self.written_tokens += len(self.rows)
+        self.output_router.deliver_batch(outputs)
+
+    def fail_all_requests(self, error: Exception) -> None:
+        reader, self._reader = self._reader, None  # which ends the thread
+        if reader is not None:
+            self._unread.put(None)
+            reader.join()
+        waiting = list(self.scheduler.waiting_requests.values())
+        for state in [*self.scheduler.active_requests.values(), *waiting]:
+            self._handle_request_error(error, state)
+        self.reset()
+        self.prefixes.flush()
+
+    def warmup(self, model: nn.Module) -> None:
+        """Nothing is captured in advance."""
+
+    # ---- In the thread of the reader
+
+    @torch.no_grad()
+    def _read_prompts(self) -> None:
+        while True:
+            row = self._unread.get()
+            if self._reader is not threading.current_thread():
+                return
+            if row is None or not self._is_active(row):
+                continue
+            try:
+                with self._model_lock:
+                    is_read = self._read_chunk(row)
+            except Exception as error:  # of this request alone
+                row.error, is_read = error, True
+            (self._read if is_read else self._unread).put(row)  # behind the others: prompts take turns
+            if is_read:
+                self.manager._wake_up_loop.set()
+
+    def _read_chunk(self, row: Row) -> bool:
+        """Whether that was the end of the prompt."""
+        tokens = row.state.initial_tokens
+        if row.cache is None:
+            row.cache, row.digest = self.prefixes.find(tokens)
+        start = row.digest.length
+        stop = min(len(tokens), start + CHUNK_TOKENS, next_border(start))
+        is_read = stop == len(tokens)
+        ids = torch.tensor([tokens[start:stop]], device=self.model.device)
+        kept = 1 if is_read else NO_LOGITS
+        outputs = self.model(ids, past_key_values=row.cache, use_cache=True, logits_to_keep=kept)
+        row.digest.update(tokens[start:stop])
+        row.state.position_offset = stop
+        self.read_tokens += stop - start
+        if is_read:
+            row.logits = outputs.logits[:, -1]
+        if stop == next_border(start):
+            self.prefixes.put(row.digest, row.cache)
+        return is_read
+
+
+class RowBatchingManager(continuous_api.ContinuousBatchingManager):
+    """transformers' manager, with rows of states for requests.
+
+    A request may bring do_sample and seed in `add_request`, and with `per_request_processors` temperature, top_k and
+    top_p where the generation configuration has them. Its tokens are those that `generate` gives it alone, up to ties
+    of logits within rounding: a product over more rows adds in another order.
+
+    Raises ValueError for a configuration whose tokens would not be those of `generate`.
+    """
+
+    def __init__(self, model, generation_config: GenerationConfig, continuous_batching_config, workload_hints=None):
+        greedy_config = copy.deepcopy(generation_config)
+        greedy_config.do_sample = False
+        for name, default in (("num_beams", 1), ("repetition_penalty", 1.0), ("stop_strings", None)):
+            value = getattr(generation_config, name, None)
+            if value is not None and value != default:
+                raise ValueError(f"continuous batching does not know {name}={value!r}: use generate")
+        for processor in model._get_logits_processor(generation_config):
+            if processor.supports_continuous_batching is False:
+                raise ValueError(f"continuous batching does not know {type(processor).__name__}: use generate")
+        super().__init__(model, generation_config, continuous_batching_config, workload_hints)
+        self.logit_processor.supported_keys |= OWN_ARGUMENTS
+        self.greedy_processor = ContinuousBatchingLogitsProcessorList(model._get_logits_processor(greedy_config))
+
+    def switch_to_cb_friendly_attn(self, model, auto_switch_to_flash: bool = True) -> None:
+        """Nothing: there is no attention."""
+
+    def _create_batch_processor(self) -> RowBatchProcessor:
+        if self.batch_processor is None:
+            return RowBatchProcessor(self)
+        self.batch_processor.reset()
+        return self.batch_processor
