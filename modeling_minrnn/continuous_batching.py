@@ -19,7 +19,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
-from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
 from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
@@ -254,8 +257,15 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
     def _process(self, processors: ContinuousBatchingLogitsProcessorList, rows: list[int], scores: Tensor) -> Tensor:
         requests = [self.rows[i] for i in rows]
         last = torch.tensor([row.state.initial_tokens[-1:] for row in requests], device=scores.device)
-        arguments = torch.empty(processors.tensors_required, len(rows), dtype=torch.int32, device=scores.device)
-        return processors(last, scores, processors.prepare_tensor_args(requests, arguments))
+        neutral = {"temperature": 1.0, "top_k": scores.shape[1], "top_p": 1.0}
+        for processor in processors.logits_processor:
+            if not isinstance(processor, ContinuousBatchingLogitsProcessor):
+                scores = processor(last, scores)
+                continue
+            [name] = processor.supported_kwargs
+            if any(row.state.logit_processor_kwargs.get(name) != neutral[name] for row in requests):  # else no sorting
+                scores = processor(scores, processor.prepare_tensor_args(requests).to(scores.device))
+        return scores
 
     def update_batch(self) -> None:
         outputs = []

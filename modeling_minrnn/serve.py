@@ -1,24 +1,349 @@
-"""transformers' own OpenAI-compatible server for MinRNN models:  python -m modeling_minrnn.serve MODEL [OPTIONS]
+"""transformers' own OpenAI-compatible server for a MinRNN model:  python -m modeling_minrnn.serve MODEL [OPTIONS]
 
-MODEL is a folder or a repository id; the options are those of `transformers serve` (--port 8000 ...). Chat needs a
-tokenizer with a chat template, completions do not. Install: `pip install 'modeling-minrnn[serving]'`. To talk to it:
+MODEL is a folder or a repository id; the options are those of `transformers serve` (--port 8000 ...) and those below.
+Many requests are answered at once, see `continuous_batching`. Chat needs a tokenizer with a chat template, completions
+do not. Install: `pip install 'modeling-minrnn[serving]'`. To talk to it:
 
     transformers chat MODEL http://localhost:8000
+
+Errors have OpenAI's form, with a status that says whose they are: 400 a wrong request, 404 another model, 413 a prompt
+that is too long, 429 too many requests, 503 the end of the server. GET /stats counts what was done.
 """
+
+import asyncio
+import copy
+import inspect
+import itertools
+import json
+import math
+import sys
+import threading
+import uuid
+from typing import Annotated, Any
 
 import transformers
 import typer
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from transformers.cli.serve import Serve
+from transformers.cli.serving import chat_completion, completion, response, utils
 
 from . import modeling_minrnn
+from .continuous_batching import MinRNNBatchingConfig
+
+DRAIN_SECONDS = 5  # from SIGTERM to the end of requests that are still running
+MAX_BODY_BYTES = 64 * 2**20
+SWITCH_SECONDS = 5e-4  # between Python threads: by default one waits 5 ms for another, longer than a step takes
+HANDLERS = {chat_completion: "ChatCompletionHandler", completion: "CompletionHandler", response: "ResponseHandler"}
+INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+# Fields that would change the answer and do not, with the values that ask for no change.
+NOT_OBEYED: dict[str, tuple] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "suffix": ("",),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "stop": ([], ""),
+    "response_format": ({"type": "text"},),
+}  # fmt: skip
 
 
-def main() -> None:
+def refuse(status: int, message: str, **headers: str) -> None:
+    raise HTTPException(status, message, headers=headers or None)
+
+
+class CheckedHandler(utils.BaseHandler):
+    """In front of a handler of transformers: wrong requests are refused, and each has its own sampling settings."""
+
+    def _validate_request(self, body: dict) -> None:
+        model = self.model_manager.force_model
+        if body.get("model", model) != model:
+            refuse(404, f"this server has the model {model!r}, not {body['model']!r}")
+        super()._validate_request(body)
+        for name in INTEGERS:
+            value = body.get(name)
+            if value is not None and (type(value) is not int or value < 1):
+                refuse(400, f"{name} must be a whole number, at least 1, not {value!r}")
+        for name, least, most in (("temperature", 0, math.inf), ("top_p", 0, 1)):
+            value = body.get(name)
+            if value is not None and not (
+                type(value) in (int, float)
+                and least <= value <= most < math.inf
+                or type(value) in (int, float)
+                and least <= value < most
+            ):
+                refuse(400, f"{name} must be a number in {least}..{most}, not {value!r}")
+        if body.get("seed") is not None and not (type(body["seed"]) is int and 0 <= body["seed"] < 2**63):
+            refuse(400, f"seed must be a whole number in 0..2**63 - 1, not {body['seed']!r}")
+        messages = body.get("messages", [{"role": "user"}])
+        if not (
+            isinstance(messages, list) and messages and all(isinstance(x, dict) and "role" in x for x in messages)
+        ):
+            refuse(400, "messages must be a list of at least one object with a role and a content")
+        if isinstance(self, chat_completion.ChatCompletionHandler) and "messages" not in body:
+            refuse(400, "messages are missing")
+        for name, neutral in NOT_OBEYED.items():
+            if body.get(name) is not None and body[name] not in neutral:
+                refuse(400, f"{name} is not supported beside other requests: leave it out")
+
+    def _build_generation_config(self, body: dict, *args, **kwargs):
+        # Taken out, as transformers would seed the generator that all requests share.
+        config = super()._build_generation_config(body | {"seed": None}, *args, **kwargs)
+        config.seed = body.get("seed")
+        if body.get("temperature") is not None:
+            config.do_sample = body["temperature"] > 0
+        return config
+
+
+class RowGenerateManager(utils.CBGenerateManager):
+    """transformers' manager of requests to a model, with limits, settings of each request, and none left behind."""
+
+    def __init__(self, model, config: MinRNNBatchingConfig, max_waiting: int, max_prompt_tokens: int):
+        super().__init__(config)
+        self.max_waiting, self.max_prompt_tokens = max_waiting, max_prompt_tokens
+        self.vocab_size, self._numbers = model.config.vocab_size, itertools.count()
+        shared = copy.deepcopy(model.generation_config)
+        # Of each there must be a processor; their values come with the requests.
+        shared.do_sample, shared.temperature, shared.top_k, shared.top_p = True, 0.5, 1, 0.5
+        self.init_cb(model, shared)
+
+    def counters(self) -> dict[str, int]:
+        processor = self._cb.batch_processor
+        return {} if processor is None else processor.counters()
+
+    def _submit(self, inputs: dict, config, callback, streaming: bool) -> str:
+        """The number under which a request runs; the names that clients give may come twice."""
+        tokens = inputs["input_ids"]
+        if not tokens:
+            refuse(400, "the prompt is empty: it must hold at least one token")
+        if len(tokens) > self.max_prompt_tokens:
+            refuse(413, f"the prompt has {len(tokens)} tokens, and at most {self.max_prompt_tokens} are read")
+        if self._cb.background_thread_status.can_accept_new_requests():
+            refuse(503, "the server is stopping")
+        if self.counters().get("waiting", 0) >= self.max_waiting:
+            refuse(429, f"{self.max_waiting} requests are waiting: try again later", **{"Retry-After": "1"})
+        sampling: dict[str, Any] = {"do_sample": bool(config.do_sample)}
+        if config.do_sample:
+            sampling["temperature"] = float(config.temperature or 1.0)
+            sampling["top_p"] = float(config.top_p or 1.0)
+            sampling["top_k"] = min(config.top_k or self.vocab_size, self.vocab_size)
+            if config.seed is not None:
+                sampling["seed"] = config.seed
+        name = f"serve-{next(self._numbers)}"
+        self._cb.register_result_handler(name, callback)  # before the first token can come
+        self._cb.add_request(
+            tokens,
+            request_id=name,
+            streaming=streaming,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=config.eos_token_id,
+            **sampling,
+        )
+        return name
+
+    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
+        texts: asyncio.Queue = asyncio.Queue()
+        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+
+        def take(output) -> None:
+            try:
+                streamer.put(output)
+                if output.error is not None:
+                    texts.put_nowait(utils._StreamError(json.dumps(output.error)[1:-1]))  # goes into quotes
+                if output.is_finished():
+                    streamer.end()
+            except Exception as error:
+                texts.put_nowait(utils._StreamError(json.dumps(str(error))[1:-1]))
+
+        name = self._submit(inputs, gen_config, take, streaming=True)
+        streamer = utils.CBStreamer(
+            self._cb, name, tokenizer, asyncio.get_running_loop(), texts, response_parser=response_parser
+        )
+        return texts, streamer
+
+    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        result = asyncio.get_running_loop().create_future()
+        name = self._submit(inputs, gen_config, lambda output: result.done() or result.set_result(output), False)
+        try:
+            output = await result
+        except asyncio.CancelledError:  # the client has gone
+            self._cb.cancel_request(name)
+            raise
+        if output.error is not None:
+            refuse(503, output.error)
+        tokens = output.generated_tokens
+        return processor.decode(tokens, skip_special_tokens=True), len(inputs["input_ids"]), tokens
+
+    def stop(self) -> None:
+        self._cb.stop(timeout=2, hard_stop=True)
+
+
+class Connections:
+    """Around the application: a number for each request, a limit on its body, and its end when the client goes.
+
+    A plain ASGI application: those that Starlette makes of functions pass each piece of a stream through two queues.
+    """
+
+    def __init__(self, app) -> None:
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        names = dict(scope["headers"])
+        name = names.get(utils.X_REQUEST_ID.encode(), uuid.uuid4().hex.encode())
+        scope.setdefault("state", {})["request_id"] = name.decode("latin-1")
+        messages: asyncio.Queue = asyncio.Queue()
+
+        async def send_with_name(message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (utils.X_REQUEST_ID.encode(), name)]
+            await send(message)
+
+        async def listen() -> None:
+            size = 0
+            while True:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if size > MAX_BODY_BYTES:
+                    message = {"type": "http.disconnect"}
+                messages.put_nowait(message)
+                if message["type"] == "http.disconnect":
+                    answer.cancel()
+                    return
+
+        if int(names.get(b"content-length", b"0")) > MAX_BODY_BYTES:
+            too_long = error_response(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            return await too_long(scope, receive, send_with_name)
+        answer = asyncio.ensure_future(self.app(scope, messages.get, send_with_name))
+        listener = asyncio.ensure_future(listen())
+        try:
+            await answer
+        except asyncio.CancelledError:
+            if not listener.done():  # the server itself ends
+                answer.cancel()
+                raise
+        finally:
+            listener.cancel()
+
+
+def error_response(status: int, message: str, headers=None) -> JSONResponse:
+    """As OpenAI's servers form it."""
+    kinds = {404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    code = {404: "model_not_found", 429: "rate_limit_exceeded"}.get(status)
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": error}, status, headers=headers)
+
+
+def form_errors(app: FastAPI) -> None:
+    @app.exception_handler(StarletteHTTPException)
+    async def http(request: Request, error: StarletteHTTPException):
+        status = 400 if error.status_code == 422 else error.status_code
+        return error_response(status, str(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def no_json(request: Request, error: RequestValidationError):
+        return error_response(400, f"the body must be a JSON object: {error.errors()[0]['msg']}")
+
+    # What tokenizers, chat templates and transformers raise for the fields of a request.
+    @app.exception_handler(ValueError)
+    @app.exception_handler(TypeError)
+    @app.exception_handler(KeyError)
+    @app.exception_handler(TemplateError)
+    async def wrong(request: Request, error: Exception):
+        return error_response(400, f"{type(error).__name__}: {error}")
+
+    @app.exception_handler(utils.CBWorkerDeadError)
+    async def dead(request: Request, error: Exception):
+        return error_response(503, str(error))
+
+
+class RowServer(Serve):
+    """transformers' server with one model, many requests at a time, limits and a bounded end."""
+
+    def __init__(self, force_model: str, limits: dict, config: MinRNNBatchingConfig, **options):
+        self.limits, self.config, self.pinned = limits, config, force_model
+        super().__init__(force_model, non_blocking=True, **options)  # which calls start_server
+
+    def start_server(self) -> None:
+        app, state = self.server.config.app, self._generation_state
+        if state._continuous_batching:
+            model_id = self._model_manager.process_model_name(self.pinned)
+            model, _ = self._model_manager.load_model_and_processor(model_id)
+            state._cb_manager = RowGenerateManager(model, self.config, **self.limits)
+            state._cb_model_id = model_id
+        form_errors(app)
+        app.user_middleware = [x for x in app.user_middleware if x.kwargs.get("dispatch") is None]  # see Connections
+        app.router.routes = [x for x in app.router.routes if getattr(x, "path", "") not in ("/load_model", "/reset")]
+        app.post("/load_model")(self.load_model)
+        app.get("/stats")(lambda: state._cb_manager.counters() if state._cb_manager else {})
+        app.add_middleware(Connections)
+        self.server.config.timeout_graceful_shutdown = DRAIN_SECONDS + 2
+        handle_exit = self.server.handle_exit
+
+        def exit_soon(signal, frame) -> None:
+            timer = threading.Timer(DRAIN_SECONDS, state.shutdown)
+            timer.daemon = True
+            timer.start()
+            handle_exit(signal, frame)
+
+        self.server.handle_exit = exit_soon
+        sys.setswitchinterval(SWITCH_SECONDS)
+        try:
+            self.server.run()
+        finally:
+            state.shutdown()
+
+    async def load_model(self, body: dict) -> StreamingResponse:
+        if body.get("model") != self.pinned:
+            refuse(404, f"this server has the model {self.pinned!r}, not {body.get('model')!r}")
+        model_id = self._model_manager.process_model_name(self.pinned)
+        return StreamingResponse(self._model_manager.load_model_streaming(model_id), media_type="text/event-stream")
+
+
+def serve(
+    slots: Annotated[int, typer.Option(help="Requests that are read and answered at the same time.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait for a slot; more get status 429.")] = 256,
+    max_prompt_tokens: Annotated[int, typer.Option(help="Longer prompts get status 413.")] = 2**21,
+    prefix_mib: Annotated[int, typer.Option(help="MiB of states kept for prompts that begin the same.")] = 256,
+    prefix_folder: Annotated[str | None, typer.Option(help="Where these states are kept across restarts.")] = None,
+    **options,
+) -> None:
     # The server looks an architecture up on the transformers module itself, whatever is registered with Auto classes.
     for name in modeling_minrnn.__all__:
         setattr(transformers, name, getattr(modeling_minrnn, name))
+    if options["continuous_batching"]:
+        for module, name in HANDLERS.items():
+            setattr(module, name, type(name, (CheckedHandler, getattr(module, name)), {}))
+    config = MinRNNBatchingConfig(
+        max_requests_per_batch=slots,
+        per_request_processors=True,
+        prefix_bytes=prefix_mib * 2**20,
+        prefix_folder=prefix_folder,
+    )
+    RowServer(limits={"max_waiting": max_waiting, "max_prompt_tokens": max_prompt_tokens}, config=config, **options)
+
+
+def signature() -> inspect.Signature:
+    """That of `transformers serve` and of `serve`, by which typer makes the command line."""
+    parameters = dict(inspect.signature(Serve).parameters)
+    hint = typer.Argument(help="A folder or a repository id.")
+    parameters["force_model"] = parameters["force_model"].replace(
+        default=inspect.Parameter.empty, annotation=Annotated[str, hint]
+    )
+    parameters["continuous_batching"] = parameters["continuous_batching"].replace(
+        default=True, annotation=Annotated[bool, typer.Option(help="Answer many requests at the same time.")]
+    )
+    of_pages = [name for name in parameters if name.startswith("cb_")]
+    own = inspect.signature(serve).parameters
+    kept = [x for name, x in parameters.items() if name not in (*of_pages, "non_blocking", "model_timeout")]
+    return inspect.Signature([*kept, *(x for name, x in own.items() if name != "options")])
+
+
+def main() -> None:
+    vars(serve)["__signature__"] = signature()
     app = typer.Typer()
-    app.command()(Serve)
+    app.command()(serve)
     app()
 
 

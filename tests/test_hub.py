@@ -40,7 +40,7 @@ from training.tokenizers import byte_tokenizer
 both_cells = pytest.mark.parametrize("cell_type", CELLS)
 PACKAGE = Path(modeling_minrnn.__file__).parent
 NO_MODEL = {
-    "__init__.py", "chunked_backward.py", "convert_mingru_pytorch.py", "export.py", "serve.py", "state_file.py",
+    "__init__.py", "chunked_backward.py", "convert_mingru_pytorch.py", "export.py", "serve.py",
 }  # fmt: skip
 CODE = {path.name for path in PACKAGE.glob("*.py")} - NO_MODEL
 PROMPT = "def main("

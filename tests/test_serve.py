@@ -1,6 +1,10 @@
 """transformers' OpenAI-compatible server serves these models: what its clients receive is what `generate` returns."""
 
+import asyncio
+import http.client
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +15,10 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from printable_model import continuation, printable_model, save
+
+from training.tokenizers import byte_tokenizer
 
 TOKENS = 20
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -22,26 +29,44 @@ def model():
     return printable_model()
 
 
-@pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    """The model's folder and the URL of a process that serves it."""
-    folder = save(model, tmp_path_factory.mktemp("serve") / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "modeling_minrnn.serve", folder, "--host", "127.0.0.1", "--port", str(port)]
-    log = Path(folder).parent / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while not answers(url + "/health"):
-            assert process.poll() is None, log.read_text()
+class Server:
+    """A process that serves the model of a folder."""
+
+    def __init__(self, folder, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "modeling_minrnn.serve", folder, "--host", "127.0.0.1", "--port", str(port)]
+        self.log, self.url = Path(folder).parent / f"log-{port}", f"http://127.0.0.1:{port}"
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, *options], stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+        while not answers(self.url + "/health"):
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
-        yield folder, url
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+
+    def stats(self):
+        return json.load(urllib.request.urlopen(self.url + "/stats"))
+
+    def end(self):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def started(model, tmp_path_factory):
+    """The model's folder and the server, which takes 8 requests at a time, lets 40 wait, and reads 20,000 tokens."""
+    folder = save(model, tmp_path_factory.mktemp("serve") / "model")
+    server = Server(folder, "--slots", "8", "--max-waiting", "40", "--max-prompt-tokens", "20000")
+    yield folder, server
+    server.end()
+
+
+@pytest.fixture
+def server(started):
+    folder, process = started
+    return folder, process.url
 
 
 def answers(url):
@@ -83,3 +108,198 @@ def test_transformers_chat_talks_to_the_server(server, model):
     )
     assert process.returncode == 0, process.stderr
     assert continuation(model, "user: hi<eos>assistant: ", TOKENS) in process.stdout
+
+
+# ---- Many clients
+
+PROMPTS = [
+    "def main",
+    "def train" * 12,
+    "class Model" * 12,
+    "user: hello",
+    "return x" * 12,
+    "lambda x: x",
+    "yield from" * 12,
+]
+
+
+async def read(stream):
+    return "".join([chunk.choices[0].text async for chunk in stream if chunk.choices])
+
+
+async def one_client(client, folder, expected, i):
+    """Four requests, one after the other; returns how many texts were compared."""
+    prompt, compared = PROMPTS[i % len(PROMPTS)], 0
+    for turn in range(4):
+        settings = {"model": folder, "prompt": prompt, "temperature": 0}
+        match (i + turn) % 6:
+            case 0:  # a stream to its end
+                stream = await client.completions.create(max_tokens=60, stream=True, **settings)
+                assert await read(stream) == expected[prompt][60]
+                compared += 1
+            case 1:
+                answer = await client.completions.create(max_tokens=30, **settings)
+                assert answer.choices[0].text == expected[prompt][30]
+                compared += 1
+            case 2:  # a stream that nobody reads on
+                stream = await client.completions.create(max_tokens=100_000, stream=True, **settings)
+                async for chunk in stream:
+                    assert expected[prompt][60].startswith(chunk.choices[0].text)
+                    break
+                await stream.close()
+            case 3:  # an answer that nobody waits for
+                with pytest.raises(openai.APITimeoutError):
+                    await client.with_options(timeout=0.3).completions.create(max_tokens=100_000, **settings)
+            case 4:  # a task that is cancelled
+                task = asyncio.ensure_future(client.completions.create(max_tokens=100_000, **settings))
+                await asyncio.sleep(0.1 * (i % 4))
+                task.cancel()
+            case 5:
+                with pytest.raises(openai.BadRequestError):
+                    await client.completions.create(max_tokens=0, **settings)
+    return compared
+
+
+def test_32_clients_at_once_get_what_generate_gives_and_what_they_abandon_ends(model, started):
+    folder, process = started
+    expected = {prompt: {n: continuation(model, prompt, n) for n in (30, 60)} for prompt in PROMPTS}
+    before = process.stats()
+
+    async def all_clients():
+        async with openai.AsyncOpenAI(base_url=process.url + "/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one_client(client, folder, expected, i) for i in range(32)))
+
+    assert sum(asyncio.run(all_clients())) == 43
+    deadline = time.monotonic() + 10
+    while process.stats()["active"] or process.stats()["waiting"]:
+        assert time.monotonic() < deadline, process.stats()
+        time.sleep(0.05)
+    assert process.stats()["written_tokens"] - before["written_tokens"] < 100_000
+
+
+def test_a_client_has_its_own_sampling_settings(model, server):
+    folder, url = server
+    client = openai.OpenAI(base_url=url + "/v1", api_key="none")
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("def main", return_tensors="pt").input_ids
+    for seed, temperature, top_p in ((1, 1.0, 1.0), (2, 0.7, 0.8), (1, 0, 1.0)):
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+        tokens = model.generate(ids, max_new_tokens=TOKENS, pad_token_id=257, top_k=0, **sampling)[0, ids.shape[1] :]
+        settings = {"max_tokens": TOKENS, "seed": seed, "temperature": temperature, "top_p": top_p}
+        answer = client.completions.create(model=folder, prompt="def main", **settings)
+        assert answer.choices[0].text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_next_turn_of_a_chat_reads_only_what_is_new(started):
+    folder, process = started
+    client = openai.OpenAI(base_url=process.url + "/v1", api_key="none")
+    messages = [{"role": "user", "content": "once upon a time " * 100}]
+    settings = {"model": folder, "max_tokens": TOKENS, "temperature": 0}
+    answer = client.chat.completions.create(messages=messages, **settings)
+    before = process.stats()
+    messages += [
+        {"role": "assistant", "content": answer.choices[0].message.content},
+        {"role": "user", "content": "go"},
+    ]
+    second = client.chat.completions.create(messages=messages, **settings)
+    after = process.stats()
+    read = after["read_tokens"] - before["read_tokens"]
+    assert after["prefix_hits"] == before["prefix_hits"] + 1
+    assert read == second.usage.prompt_tokens - answer.usage.prompt_tokens - TOKENS + 1 < 40
+
+
+# ---- What is refused
+
+
+def refused(url, path, body):
+    """Status, headers and OpenAI's error object."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    error = json.load(caught.value)["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return caught.value.code, caught.value.headers, error["message"]
+
+
+def test_wrong_requests_are_refused_with_a_status_and_a_reason(server):
+    folder, url = server
+    chat, completions = "/v1/chat/completions", "/v1/completions"
+    for status, path, body, reason in (
+        (400, completions, b"{", "must be a JSON object"),
+        (400, completions, b"[]", "must be a JSON object"),
+        (400, completions, {"prompt": ""}, "the prompt is empty"),
+        (400, completions, {"prompt": ["a", "b"]}, "prompt must be a string"),
+        (400, completions, {"prompt": "a", "max_tokens": 0}, "max_tokens must be a whole number, at least 1, not 0"),
+        (400, completions, {"prompt": "a", "max_tokens": "many"}, "max_tokens must be a whole number"),
+        (400, completions, {"prompt": "a", "max_tokens": 1.5}, "max_tokens must be a whole number"),
+        (400, completions, {"prompt": "a", "temperature": -1}, "temperature must be a number"),
+        (400, completions, {"prompt": "a", "top_p": 2}, "top_p must be a number"),
+        (400, completions, {"prompt": "a", "seed": "x"}, "seed must be a whole number"),
+        (400, completions, {"prompt": "a", "stop": ["b"]}, "stop is not supported"),
+        (400, completions, {"prompt": "a", "n": 2}, "n is not supported"),
+        (400, completions, {"prompt": "a", "warmth": 2}, "Unexpected fields"),
+        (400, chat, {}, "messages are missing"),
+        (400, chat, {"messages": []}, "messages must be a list"),
+        (400, chat, {"messages": [{"content": "a"}]}, "messages must be a list"),
+        (404, chat, {"model": "another", "messages": MESSAGES}, "not 'another'"),
+        (404, "/load_model", {"model": "another"}, "not 'another'"),
+        (404, "/nowhere", {}, "Not Found"),
+        (413, completions, {"prompt": "a" * 20_001}, "the prompt has 20001 tokens, and at most 20000 are read"),
+    ):
+        found = refused(url, path, body)
+        assert found[0] == status and reason in found[2], (path, str(body)[:100], found)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.putrequest("POST", completions)
+    connection.putheader("Content-Length", str(10**9))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+    client = openai.OpenAI(base_url=url + "/v1", api_key="none")
+    usage = client.completions.create(model=folder, prompt="a", max_tokens=3, n=1, temperature=0).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (1, 3)
+
+
+def test_requests_beyond_those_that_may_wait_are_told_to_try_again(started):
+    folder, process = started
+
+    async def ask(client):
+        try:
+            await client.completions.create(model=folder, prompt="def ", max_tokens=100_000, timeout=3)
+        except openai.RateLimitError as error:
+            return error.response.headers["retry-after"], error.code
+        except openai.APITimeoutError:
+            return None
+
+    async def all_clients():
+        async with openai.AsyncOpenAI(base_url=process.url + "/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(60)))
+
+    answers = asyncio.run(all_clients())
+    assert answers.count(("1", "rate_limit_exceeded")) == 12 and answers.count(None) == 48
+
+
+def test_sigterm_ends_the_server_soon_and_every_request_with_a_reason(started):
+    folder, _ = started
+    process = Server(folder, "--slots", "2")
+
+    async def ask(client, stream):
+        try:
+            answer = await client.completions.create(model=folder, prompt="def ", max_tokens=10**7, stream=stream)
+            async for _ in answer:
+                pass
+        except openai.APIError as error:
+            return f"{error} {error.body}"
+
+    async def all_clients():
+        async with openai.AsyncOpenAI(base_url=process.url + "/v1", api_key="none", max_retries=0) as client:
+            tasks = [asyncio.ensure_future(ask(client, stream)) for stream in (True, False) * 3]
+            await asyncio.sleep(1)
+            process.process.send_signal(signal.SIGTERM)
+            return await asyncio.gather(*tasks)
+
+    started_at = time.monotonic()
+    for reason in asyncio.run(all_clients()):
+        assert "before this request completed" in reason
+    assert process.process.wait(timeout=10) is not None and time.monotonic() - started_at < 11
