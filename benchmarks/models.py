@@ -30,7 +30,7 @@ def transformers_of_equal_size(model: PreTrainedModel, positions: int) -> dict[s
     Depth and width are those of `model`; the width of the MLP makes up the count, GPT-2's position table included.
     """
     target = model.num_parameters()
-    return {"llama": _of_size(target, _llama, positions), "gpt2": _of_size(target, _gpt2, positions)}
+    return {"llama": of_size(target, _llama, positions), "gpt2": of_size(target, _gpt2, positions)}
 
 
 def _llama(mlp_width: int, positions: int) -> LlamaForCausalLM:
@@ -64,7 +64,7 @@ def _gpt2(mlp_width: int, positions: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def _of_size(target: int, build: Callable[[int, int], PreTrainedModel], positions: int) -> PreTrainedModel:
+def of_size(target: int, build: Callable[[int, int], PreTrainedModel], positions: int) -> PreTrainedModel:
     with torch.device("meta"):  # the count is linear in the width of the MLP: two points give the line
         base, next_width = (build(width, positions).num_parameters() for width in (16, 32))
     steps = round((target - base) / (next_width - base))

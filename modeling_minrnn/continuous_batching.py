@@ -2,14 +2,14 @@
 
 transformers' ContinuousBatchingManager keeps the queues, the thread of the generation loop and the results. Its
 batches read a paged cache of keys and values; here a request is one row of the recurrent states, so there are no
-pages. Two threads share the model: the generation loop takes a token for all requests that write, and a reader takes
-chunks of prompts in turn, so that neither waits for the other. Needs transformers 5.23.
+pages. Threads share the model: the generation loop takes a token for all requests that write, and readers take chunks
+of prompts in turn, so that neither waits for the other. Needs transformers 5.23.
 """
 
 import copy
 import queue
 import threading
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -30,6 +30,7 @@ from .modeling_minrnn import NO_LOGITS
 from .prefix_store import Digest, PrefixStore, next_border
 
 CHUNK_TOKENS = 512  # of a prompt at a time: more is hardly faster, and others wait for their turn meanwhile
+READERS = 2  # where many prompts wait, a step for more rows is worth more than the next step for few
 OWN_ARGUMENTS = {"do_sample": bool, "seed": int}  # of a request, beside those of the logits processors
 
 
@@ -65,7 +66,7 @@ class Row:
     digest: Digest = field(default_factory=Digest)  # of the tokens read
     cache: DynamicCache | None = None  # while its prompt is read
     logits: Tensor | None = None  # (1, V) after the prompt
-    error: Exception | None = None  # that the reader met
+    error: Exception | None = None  # that a reader met
     has_new_token: bool = True  # which logits processors ask
 
     def is_sampled(self, default: bool) -> bool:
@@ -96,8 +97,9 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
         )
         self.scheduler = FIFOScheduler(self, safety_margin=0.0, max_requests_per_batch=self.slots)
         self.read_tokens = self.written_tokens = self.steps = 0
-        self._model_lock = threading.Lock()  # held by the reader for a chunk
-        self._reader: threading.Thread | None = None
+        self._chunk_locks = [threading.Lock() for _ in range(READERS)]  # each held by a reader for a chunk
+        self._count_lock = threading.Lock()
+        self._readers: list[threading.Thread] = []
         self.reset()
 
     def reset(self) -> None:
@@ -105,7 +107,7 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
         self.rows: list[Row] = []  # that write, in the order of the rows of `cache`
         self.cache = DynamicCache(config=self.model.config)
         self.new_rows: list[Row] = []  # of which the prompt has been read
-        self._unread: queue.SimpleQueue[Row | None] = queue.SimpleQueue()  # None wakes the reader
+        self._unread: queue.SimpleQueue[Row | None] = queue.SimpleQueue()  # None wakes a reader
         self._read: queue.SimpleQueue[Row] = queue.SimpleQueue()
 
     def free_blocks(self, request_id: str) -> None:
@@ -128,7 +130,9 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
     def prepare_next_batch(self) -> bool:
         """Whether there is a token to take."""
         paused = self.background_thread_status.is_pause_requested()
-        with self._model_lock if paused else nullcontext():
+        with ExitStack() as locks:
+            for lock in self._chunk_locks if paused else ():
+                locks.enter_context(lock)
             hard_stopping = self._update_tp_group_state()
             if paused:  # the weights may have changed
                 self.prefixes.clear()
@@ -157,9 +161,12 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
                 if seed is not None:
                     generator = torch.Generator(self.model.device).manual_seed(seed)
                 self._unread.put(Row(state, generator))
-        if scheduler.active_requests and self._reader is None:
-            self._reader = threading.Thread(target=self._read_prompts, name="minrnn-reader", daemon=True)
-            self._reader.start()
+        if scheduler.active_requests and not self._readers:
+            self._readers = [
+                threading.Thread(target=self._read_prompts, args=(lock,), daemon=True) for lock in self._chunk_locks
+            ]
+            for reader in self._readers:
+                reader.start()
 
     def _admit_children(self, state: RequestState) -> None:
         """The other sequences of num_return_sequences, as requests of their own that come next."""
@@ -193,7 +200,7 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
             self.cache.batch_select_indices(torch.tensor(kept, device=self.model.device, dtype=torch.long))
 
     def _collect_rows(self) -> None:
-        """From the reader."""
+        """From the readers."""
         while not self._read.empty():
             row = self._read.get()
             if not self._is_active(row):
@@ -281,9 +288,10 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
         self.output_router.deliver_batch(outputs)
 
     def fail_all_requests(self, error: Exception) -> None:
-        reader, self._reader = self._reader, None  # which ends the thread
-        if reader is not None:
+        readers, self._readers = self._readers, []  # which ends them
+        for _ in readers:
             self._unread.put(None)
+        for reader in readers:
             reader.join()
         waiting = list(self.scheduler.waiting_requests.values())
         for state in [*self.scheduler.active_requests.values(), *waiting]:
@@ -294,18 +302,18 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
     def warmup(self, model: nn.Module) -> None:
         """Nothing is captured in advance."""
 
-    # ---- In the thread of the reader
+    # ---- In the threads of the readers
 
     @torch.no_grad()
-    def _read_prompts(self) -> None:
+    def _read_prompts(self, lock: threading.Lock) -> None:
         while True:
             row = self._unread.get()
-            if self._reader is not threading.current_thread():
+            if threading.current_thread() not in self._readers:
                 return
             if row is None or not self._is_active(row):
                 continue
             try:
-                with self._model_lock:
+                with lock:
                     is_read = self._read_chunk(row)
             except Exception as error:  # of this request alone
                 row.error, is_read = error, True
@@ -326,7 +334,8 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
         outputs = self.model(ids, past_key_values=row.cache, use_cache=True, logits_to_keep=kept)
         row.digest.update(tokens[start:stop])
         row.state.position_offset = stop
-        self.read_tokens += stop - start
+        with self._count_lock:
+            self.read_tokens += stop - start
         if is_read:
             row.logits = outputs.logits[:, -1]
         if stop == next_border(start):

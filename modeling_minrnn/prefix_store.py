@@ -92,12 +92,11 @@ class PrefixStore:
                 if digest.name() in self._entries:
                     found = digest.copy()
         cache = self._load(found) if found.length else None
-        if cache is None:
-            self.misses += 1
-            return DynamicCache(config=self.model.config), Digest()
-        self.hits += 1
-        self.reused_tokens += found.length
-        return cache, found
+        with self._lock:
+            self.hits += cache is not None
+            self.misses += cache is None
+            self.reused_tokens += 0 if cache is None else found.length
+        return (DynamicCache(config=self.model.config), Digest()) if cache is None else (cache, found)
 
     def put(self, digest: Digest, cache: DynamicCache, row: int = 0) -> None:
         """Keep a row of a cache that has read the tokens of `digest`."""

@@ -1,0 +1,276 @@
+"""How many clients does the server answer at once, and how fast?
+
+Real HTTP on loopback: 1, 4, 16 and 64 clients ask for streamed completions of 100 tokens after distinct prompts of
+200, each client one after the other. Contenders, each a server process of its own with the same settings:
+    minrnn         python -m modeling_minrnn.serve
+    llama          transformers serve --continuous-batching, a Llama of equal size (within 3 %)
+Sizes: "demo" is the model of configs/demo.yaml, "10M" has 6 layers of width 384. Weights are random, the head writes
+letters only, so that each token is a piece of the stream. The clients run in the process that measures, on the same
+cores.
+
+tokens_per_s: of all clients, by the clock. first_ms, between_ms: time to the first token, and between two of a stream.
+peak_mb: resident memory of the server. A row with `history` is the second turn of a chat after that many tokens: time
+to its first token. A row with `requests` counts abandoned ones, and the growth of the server's memory over the second
+half.
+
+Targets, on two cores: 16 clients >= 6 times the tokens of one, 64 >= 10 times; between tokens p99 <= 4 x p50; a second
+turn after 20,000 tokens starts within 100 ms.
+
+    python -m benchmarks.serve [--only 10M] [--rounds 3]
+"""
+
+import asyncio
+import copy
+import json
+import math
+import os
+import random
+import signal
+import socket
+import string
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from training.tokenizers import byte_tokenizer
+
+from .harness import HERE, Bound, Report, parser
+from .models import of_size
+
+PROMPT, NEW_TOKENS, HISTORY = 200, 100, 20_000
+CLIENTS = (1, 4, 16, 64)
+SIZES = {"demo": (128, 4), "10M": (384, 6)}  # width, layers
+VOCABULARY = 258
+
+
+def models(width: int, layers: int) -> dict[str, PreTrainedModel]:
+    shape = {"vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": layers, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = MinRNNForCausalLM(MinRNNConfig(**shape))
+
+    def llama(mlp_width: int, positions: int) -> LlamaForCausalLM:
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        heads = {"num_attention_heads": width // 64, "max_position_embeddings": positions}
+        return LlamaForCausalLM(LlamaConfig(intermediate_size=mlp_width, **shape, **heads, **tokens))
+
+    found = {"minrnn": model, "llama": of_size(model.num_parameters(), llama, 2 * HISTORY)}
+    letters = torch.zeros(VOCABULARY, 1)
+    letters[ord("a") : ord("z") + 1] = 1
+    with torch.no_grad():
+        for candidate in found.values():
+            candidate.lm_head.weight *= letters
+    return found
+
+
+class Server:
+    """A server process on a free port."""
+
+    def __init__(self, name: str, folder: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        program = ["-m", "modeling_minrnn.serve", folder]
+        if name == "llama":
+            program = ["-m", "transformers.cli.transformers", "serve", folder, "--continuous-batching"]
+        command = [sys.executable, *program, "--host", "127.0.0.1", "--port", str(self.port)]
+        self.model = folder
+        self.log = Path(folder, "log")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=HERE.parent, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+            )
+
+    def memory(self, field: str) -> float:
+        """MB of VmRSS or VmHWM."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+    def stats(self) -> dict:
+        return json.load(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/stats"))
+
+    async def complete(self, prompt: str, max_tokens: int = NEW_TOKENS, abandon_after=math.inf) -> list[float]:
+        """When the request was sent and when each piece of its stream came."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        settings = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        body = json.dumps(settings).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+        times = [time.perf_counter()]
+        writer.write(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
+        text = ""
+        async for line in reader:
+            if line.startswith(b"data: "):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"])
+                if event["choices"][0].get("finish_reason"):
+                    break
+                text += event["choices"][0]["text"]
+                times.append(time.perf_counter())
+                if len(times) > abandon_after:
+                    break
+            elif line.startswith(b"HTTP") and b"200" not in line:
+                raise RuntimeError(line.decode())
+        writer.close()
+        self.text = text
+        return times
+
+
+@contextmanager
+def serving(name: str, model: PreTrainedModel):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        server = Server(name, folder)
+        try:
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health")
+                    break
+                except OSError:
+                    if server.process.poll() is not None:
+                        raise RuntimeError(server.log.read_text()) from None
+                    time.sleep(0.2)
+            asyncio.run(server.complete("warm up"))
+            yield server
+        finally:
+            server.process.send_signal(signal.SIGTERM)
+            try:
+                server.process.wait(10)
+            except subprocess.TimeoutExpired:  # transformers' thread outlives its server
+                server.process.kill()
+                server.process.wait()
+
+
+def prompts(count: int, length: int = PROMPT, seed: int = 0) -> list[str]:
+    generator = random.Random(seed)
+    return ["".join(generator.choices(string.ascii_lowercase + " ", k=length)) for _ in range(count)]
+
+
+async def load(server: Server, clients: int, requests: int, seed: int) -> tuple[float, list[list[float]]]:
+    """Seconds, and the times of each request, of which each client makes so many."""
+    texts = iter(prompts(clients * requests, seed=seed))
+
+    async def client() -> list[list[float]]:
+        return [await server.complete(next(texts)) for _ in range(requests)]
+
+    start = time.perf_counter()
+    found = await asyncio.gather(*(client() for _ in range(clients)))
+    return time.perf_counter() - start, [times for runs in found for times in runs]
+
+
+def percentiles(values: list[float]) -> tuple[float, float]:
+    cuts = quantiles(values, n=100, method="inclusive")
+    return 1e3 * median(values), 1e3 * cuts[98]
+
+
+def measure(report: Report, size: str) -> None:
+    for name, model in models(*SIZES[size]).items():
+        with serving(name, model) as server:
+            one = None
+            for clients in CLIENTS:
+                rates, runs = [], []
+                for turn in range(report.options.rounds):
+                    seconds, times = asyncio.run(load(server, clients, max(1, 8 // clients), 1000 * turn + clients))
+                    assert all(len(run) == NEW_TOKENS + 1 for run in times)
+                    rates.append(len(times) * NEW_TOKENS / seconds)
+                    runs += times
+                rate = median(rates)
+                one = one or rate
+                first = percentiles([run[1] - run[0] for run in runs])
+                between = percentiles([b - a for run in runs for a, b in zip(run[1:], run[2:])])
+                goal = {16: 6, 64: 10}.get(clients) if name == "minrnn" else None
+                report.add(
+                    size=size,
+                    contender=name,
+                    parameters=model.num_parameters(),
+                    clients=clients,
+                    tokens_per_s=rate,
+                    over_one=Bound(rate / one, at_least=goal),
+                    first_ms_p50=first[0],
+                    first_ms_p99=first[1],
+                    between_ms_p50=between[0],
+                    between_ms_p99=between[1],
+                    between_p99_over_p50=Bound(between[1] / between[0], at_most=4 if name == "minrnn" else None),
+                    peak_mb=server.memory("VmHWM"),
+                )
+            if report.options.second_turn:
+                second_turn(report, size, name, server)
+            if report.options.abandoned and name == "minrnn":
+                abandoned(report, size, server)
+
+
+def second_turn(report: Report, size: str, name: str, server: Server) -> None:
+    seconds = []
+    for turn in range(report.options.rounds):
+        [history] = prompts(1, HISTORY, seed=turn)
+        first = asyncio.run(server.complete(history, 20))
+        times = asyncio.run(server.complete(history + server.text + " and then", 20))
+        seconds.append((first[1] - first[0], times[1] - times[0]))
+    goal = 100 if name == "minrnn" else None
+    report.add(
+        size=size,
+        contender=name,
+        history=HISTORY,
+        first_turn_first_ms=1e3 * median(a for a, _ in seconds),
+        second_turn_first_ms=Bound(1e3 * median(b for _, b in seconds), at_most=goal),
+        peak_mb=server.memory("VmHWM"),
+    )
+
+
+def abandoned(report: Report, size: str, server: Server, count: int = 2000, clients: int = 16) -> None:
+    """Requests of which each third is left after some tokens; the same prompt must always give the same text."""
+    texts, expected, growth, lost, mixed = prompts(50, 40), {}, [], 0, 0
+
+    async def client(numbers) -> None:
+        nonlocal lost, mixed
+        for i in numbers:
+            text = texts[i % len(texts)]
+            if i % 3 == 0:
+                await server.complete(text, 1000, abandon_after=i % 7 + 1)
+                continue
+            own = copy.copy(server)  # which keeps the text that it received
+            times = await own.complete(text, 20)
+            lost += len(times) != 21
+            mixed += expected.setdefault(text, own.text) != own.text
+            if i == count // 2:
+                growth.append(server.memory("VmRSS"))
+
+    async def everyone() -> None:
+        await asyncio.gather(*(client(range(i, count, clients)) for i in range(clients)))
+
+    asyncio.run(everyone())
+    time.sleep(1)
+    report.add(
+        size=size,
+        contender="minrnn",
+        clients=clients,
+        requests=count,
+        lost=Bound(lost, at_most=0),
+        mixed_up=Bound(mixed, at_most=0),
+        still_active=Bound(server.stats()["active"], at_most=0),
+        grown_mb=server.memory("VmRSS") - growth[0],
+    )
+
+
+def main() -> None:
+    flags = parser("serve", __doc__, rounds=3)
+    flags.add_argument("--second-turn", action="store_true", help="also a second turn after a long history")
+    flags.add_argument("--abandoned", action="store_true", help="also 2000 requests, a third of them abandoned")
+    report = Report(flags.parse_args())
+    for size in SIZES:
+        if report.wants(size):
+            measure(report, size)
+    report.print_table()
+
+
+if __name__ == "__main__":
+    main()
