@@ -46,7 +46,7 @@ from training.tokenizers import byte_tokenizer
 from .harness import HERE, Bound, Report, parser
 from .models import of_size
 
-PROMPT, NEW_TOKENS, HISTORY = 200, 100, 20_000
+PROMPT, NEW_TOKENS, HISTORY, LONG = 200, 100, 20_000, 1_000_000
 CLIENTS = (1, 4, 16, 64)
 SIZES = {"demo": (128, 4), "10M": (384, 6)}  # width, layers
 VOCABULARY = 258
@@ -204,6 +204,8 @@ def measure(report: Report, size: str) -> None:
                 )
             if report.options.second_turn:
                 second_turn(report, size, name, server)
+            if report.options.long_prompt and name == "minrnn":
+                beside_a_long_prompt(report, size, name, server)
             if report.options.abandoned and name == "minrnn":
                 abandoned(report, size, server)
 
@@ -223,6 +225,37 @@ def second_turn(report: Report, size: str, name: str, server: Server) -> None:
         first_turn_first_ms=1e3 * median(a for a, _ in seconds),
         second_turn_first_ms=Bound(1e3 * median(b for _, b in seconds), at_most=goal),
         peak_mb=server.memory("VmHWM"),
+    )
+
+
+def beside_a_long_prompt(report: Report, size: str, name: str, server: Server) -> None:
+    """How fast a stream goes on while another request's prompt of LONG tokens is read."""
+    [long, short] = prompts(1, LONG)[0], prompts(1)[0]
+
+    async def both() -> tuple[list[float], list[float], list[float]]:
+        alone = await server.complete(short, 1000)
+        stream = asyncio.ensure_future(server.complete(short + "and", 1000))
+        await asyncio.sleep(0.3)
+        reading = asyncio.ensure_future(copy.copy(server).complete(long, 1))
+        beside = await stream
+        if reading.done():
+            raise RuntimeError("the long prompt was read before the stream ended; not reported")
+        times = await reading
+        return alone, beside, times
+
+    before = server.memory("VmHWM")
+    alone, beside, times = asyncio.run(both())
+    rates = [(run[-1] - run[1]) / (len(run) - 2) for run in (alone, beside)]
+    report.add(
+        size=size,
+        contender=name,
+        long_prompt=LONG,
+        long_prompt_seconds=times[1] - times[0],
+        between_ms_mean_alone=1e3 * rates[0],
+        between_ms_mean_beside=1e3 * rates[1],
+        beside_over_alone=Bound(rates[1] / rates[0], at_most=2),
+        longest_gap_ms=1e3 * max(b - a for a, b in zip(beside[1:], beside[2:])),
+        grown_mb=server.memory("VmHWM") - before,
     )
 
 
@@ -264,6 +297,7 @@ def abandoned(report: Report, size: str, server: Server, count: int = 2000, clie
 def main() -> None:
     flags = parser("serve", __doc__, rounds=3)
     flags.add_argument("--second-turn", action="store_true", help="also a second turn after a long history")
+    flags.add_argument("--long-prompt", action="store_true", help="also a stream beside a prompt of a million tokens")
     flags.add_argument("--abandoned", action="store_true", help="also 2000 requests, a third of them abandoned")
     report = Report(flags.parse_args())
     for size in SIZES:

@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import threading
+import time
 import uuid
 from typing import Annotated, Any
 
@@ -37,7 +38,6 @@ from .continuous_batching import MinRNNBatchingConfig
 DRAIN_SECONDS = 5  # from SIGTERM to the end of requests that are still running
 MAX_BODY_BYTES = 64 * 2**20
 SWITCH_SECONDS = 5e-4  # between Python threads: by default one waits 5 ms for another, longer than a step takes
-HANDLERS = {chat_completion: "ChatCompletionHandler", completion: "CompletionHandler", response: "ResponseHandler"}
 INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # Fields that would change the answer and do not, with the values that ask for no change.
 NOT_OBEYED: dict[str, tuple] = {
@@ -92,6 +92,26 @@ class CheckedHandler(utils.BaseHandler):
         if body.get("temperature") is not None:
             config.do_sample = body["temperature"] > 0
         return config
+
+
+class ChatCompletionHandler(CheckedHandler, chat_completion.ChatCompletionHandler):
+    """/v1/chat/completions"""
+
+
+class ResponseHandler(CheckedHandler, response.ResponseHandler):
+    """/v1/responses"""
+
+
+class CompletionHandler(CheckedHandler, completion.CompletionHandler):
+    """/v1/completions"""
+
+    def _build_chunk_sse(self, request_id, model_id, text="", finish_reason=None, usage=None) -> str:
+        if finish_reason is not None:
+            return super()._build_chunk_sse(request_id, model_id, text, finish_reason, usage)
+        # By transformers this is a third of what a token costs the server beside the model.
+        choices = [{"index": 0, "text": text}]
+        chunk = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model_id}
+        return f"data: {json.dumps(chunk | {'choices': choices})}\n\n"
 
 
 class RowGenerateManager(utils.CBGenerateManager):
@@ -313,8 +333,10 @@ def serve(
     for name in modeling_minrnn.__all__:
         setattr(transformers, name, getattr(modeling_minrnn, name))
     if options["continuous_batching"]:
-        for module, name in HANDLERS.items():
-            setattr(module, name, type(name, (CheckedHandler, getattr(module, name)), {}))
+        for module, handler in (
+            (chat_completion, ChatCompletionHandler), (completion, CompletionHandler), (response, ResponseHandler),
+        ):  # fmt: skip
+            setattr(module, handler.__name__, handler)
     config = MinRNNBatchingConfig(
         max_requests_per_batch=slots,
         per_request_processors=True,
