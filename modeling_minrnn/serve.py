@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import uuid
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import transformers
@@ -36,6 +37,7 @@ from . import modeling_minrnn
 from .continuous_batching import MinRNNBatchingConfig
 
 DRAIN_SECONDS = 5  # from SIGTERM to the end of requests that are still running
+LONG_TEXT = 20_000  # characters, from which on a tokenizer takes longer than a few steps
 MAX_BODY_BYTES = 64 * 2**20
 SWITCH_SECONDS = 5e-4  # between Python threads: by default one waits 5 ms for another, longer than a step takes
 INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
@@ -102,8 +104,36 @@ class ResponseHandler(CheckedHandler, response.ResponseHandler):
     """/v1/responses"""
 
 
+class Tokenized:
+    """A tokenizer that has read the text of a request, and gives what it read."""
+
+    def __init__(self, tokenizer, inputs: dict):
+        self._tokenizer_itself, self._inputs = tokenizer, inputs
+
+    def __call__(self, *args, **kwargs) -> dict:
+        return self._inputs
+
+    def __getattr__(self, name: str):
+        return getattr(self._tokenizer_itself, name)
+
+
 class CompletionHandler(CheckedHandler, completion.CompletionHandler):
     """/v1/completions"""
+
+    _inputs: ContextVar[dict | None] = ContextVar("inputs", default=None)
+
+    async def handle_request(self, body: dict, request_id: str):
+        self._validate_request(body)
+        prompt = body.get("prompt")
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:  # in a thread: all streams would wait for it
+            _, _, tokenizer = super()._resolve_model(body)
+            self._inputs.set(await asyncio.to_thread(tokenizer, prompt))
+        return await super().handle_request(body, request_id)
+
+    def _resolve_model(self, body: dict) -> tuple:
+        model_id, model, tokenizer = super()._resolve_model(body)
+        inputs = self._inputs.get()
+        return model_id, model, tokenizer if inputs is None else Tokenized(tokenizer, inputs)
 
     def _build_chunk_sse(self, request_id, model_id, text="", finish_reason=None, usage=None) -> str:
         if finish_reason is not None:
