@@ -363,7 +363,11 @@ class RowBatchingManager(continuous_api.ContinuousBatchingManager):
         for processor in model._get_logits_processor(generation_config):
             if processor.supports_continuous_batching is False:
                 raise ValueError(f"continuous batching does not know {type(processor).__name__}: use generate")
+        if model.config.bidirectional:
+            raise ValueError("a bidirectional model cannot generate: its outputs depend on the tokens after them")
         super().__init__(model, generation_config, continuous_batching_config, workload_hints)
+        if self.distributed_helper.tp_size > 1:
+            raise ValueError("continuous batching runs in one process, without tensor parallelism")
         self.logit_processor.supported_keys |= OWN_ARGUMENTS
         self.greedy_processor = ContinuousBatchingLogitsProcessorList(model._get_logits_processor(greedy_config))
 

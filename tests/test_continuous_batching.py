@@ -183,6 +183,19 @@ def test_a_next_turn_reads_only_what_is_new(managers):
     assert fresh.batch_processor.counters()["prefix_hits"] == fresh.batch_processor.counters()["prefix_states"] == 0
 
 
+def test_each_request_of_a_batch_goes_on_from_its_own_state(managers):
+    model = small_model("minlstm", max_timescale=300)
+    manager, turns = managers(model), prompts_of(3, 7, 20, 5, 9, 30)
+    for hits in (0, len(turns)):
+        for i, prompt in enumerate(turns):
+            manager.add_request(prompt, request_id=f"{i}", max_new_tokens=5 + i % 3)
+        outputs = finished(manager, len(turns))
+        for i, prompt in enumerate(turns):
+            assert outputs[f"{i}"].generated_tokens == alone(model, prompt, 5 + i % 3)
+        assert manager.batch_processor.counters()["prefix_hits"] == hits
+        turns = [prompt + outputs[f"{i}"].generated_tokens + [1, 2] for i, prompt in enumerate(turns)]
+
+
 def test_kept_states_stay_within_their_bytes_and_the_least_used_go_first():
     model = small_model()
     one = sum(x.nbytes for x in cache_of(model, [1]).layers[0].__dict__.values() if isinstance(x, torch.Tensor))
