@@ -17,14 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache
-from transformers.generation.continuous_batching import continuous_api
-from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
-from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+
+try:
+    from transformers.generation.continuous_batching import continuous_api
+    from transformers.generation.continuous_batching.cache import ATTN_TYPE_TO_ALLOCATOR
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+        ContinuousBatchingLogitsProcessorList,
+    )
+    from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+    from transformers.generation.continuous_batching.scheduler import FIFOScheduler
+except ImportError as error:
+    raise ImportError("continuous batching needs transformers 5.23") from error
 
 from .modeling_minrnn import NO_LOGITS
 from .prefix_store import Digest, PrefixStore, next_border

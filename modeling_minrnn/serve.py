@@ -150,7 +150,8 @@ class RowGenerateManager(utils.CBGenerateManager):
     def __init__(self, model, config: MinRNNBatchingConfig, max_waiting: int, max_prompt_tokens: int):
         super().__init__(config)
         self.max_waiting, self.max_prompt_tokens = max_waiting, max_prompt_tokens
-        self.vocab_size, self._numbers = model.config.vocab_size, itertools.count()
+        self.slots, self.vocab_size = config.max_requests_per_batch, model.config.vocab_size
+        self._numbers, self._running = itertools.count(), set[str]()
         shared = copy.deepcopy(model.generation_config)
         # Of each there must be a processor; their values come with the requests.
         shared.do_sample, shared.temperature, shared.top_k, shared.top_p = True, 0.5, 1, 0.5
@@ -169,7 +170,7 @@ class RowGenerateManager(utils.CBGenerateManager):
             refuse(413, f"the prompt has {len(tokens)} tokens, and at most {self.max_prompt_tokens} are read")
         if self._cb.background_thread_status.can_accept_new_requests():
             refuse(503, "the server is stopping")
-        if self.counters().get("waiting", 0) >= self.max_waiting:
+        if len(self._running) >= self.slots + self.max_waiting:
             refuse(429, f"{self.max_waiting} requests are waiting: try again later", **{"Retry-After": "1"})
         sampling: dict[str, Any] = {"do_sample": bool(config.do_sample)}
         if config.do_sample:
@@ -179,7 +180,14 @@ class RowGenerateManager(utils.CBGenerateManager):
             if config.seed is not None:
                 sampling["seed"] = config.seed
         name = f"serve-{next(self._numbers)}"
-        self._cb.register_result_handler(name, callback)  # before the first token can come
+        self._running.add(name)
+
+        def deliver(output) -> None:
+            if output.is_finished():  # or failed, or cancelled
+                self._running.discard(name)
+            callback(output)
+
+        self._cb.register_result_handler(name, deliver)  # before the first token can come
         self._cb.add_request(
             tokens,
             request_id=name,
