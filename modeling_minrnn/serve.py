@@ -85,7 +85,7 @@ class CheckedHandler(utils.BaseHandler):
             refuse(400, "messages are missing")
         for name, neutral in NOT_OBEYED.items():
             if body.get(name) is not None and body[name] not in neutral:
-                refuse(400, f"{name} is not supported beside other requests: leave it out")
+                refuse(400, f"{name} is not obeyed with continuous batching: leave it out")
 
     def _build_generation_config(self, body: dict, *args, **kwargs):
         # Taken out, as transformers would seed the generator that all requests share.
