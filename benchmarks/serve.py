@@ -179,6 +179,8 @@ def percentiles(values: list[float]) -> tuple[float, float]:
 
 def measure(report: Report, size: str) -> None:
     for name, model in models(*SIZES[size]).items():
+        if not report.wants(f"{size} {name}"):
+            continue
         with serving(name, model) as server:
             one = None
             for clients in CLIENTS:
@@ -307,8 +309,7 @@ def main() -> None:
     flags.add_argument("--abandoned", action="store_true", help="also 2000 requests, a third of them abandoned")
     report = Report(flags.parse_args())
     for size in SIZES:
-        if report.wants(size):
-            measure(report, size)
+        measure(report, size)
     report.print_table()
 
 

@@ -115,6 +115,7 @@ class PrefixStore:
 
     def clear(self) -> None:
         """Forget everything, as the weights have changed."""
+        self.flush()  # or states of the old ones would be written as of the new
         with self._lock:
             while self._entries:
                 self._pop(next(iter(self._entries)))
@@ -140,6 +141,7 @@ class PrefixStore:
 
     def _add(self, name: str, entry: Entry) -> None:
         with self._lock:
+            self._pop(name, is_dropped=False)  # of another thread that read the same
             self._entries[name] = entry
             self._lengths[_length(name)] += 1
             self.nbytes += entry.nbytes
@@ -147,7 +149,7 @@ class PrefixStore:
                 self._pop(next(iter(self._entries)))
                 self.evicted += 1
 
-    def _pop(self, name: str) -> None:
+    def _pop(self, name: str, is_dropped: bool = True) -> None:
         entry = self._entries.pop(name, None)
         if entry is None:
             return
@@ -156,7 +158,7 @@ class PrefixStore:
         self._lengths[length] -= 1
         if not self._lengths[length]:
             del self._lengths[length]
-        if self._folder is not None:
+        if is_dropped and self._folder is not None:
             self._writer.submit(self._path(name).unlink, missing_ok=True)
 
     def _path(self, name: str) -> Path:

@@ -15,7 +15,6 @@ import copy
 import inspect
 import itertools
 import json
-import math
 import sys
 import threading
 import time
@@ -43,7 +42,7 @@ SWITCH_SECONDS = 5e-4  # between Python threads: by default one waits 5 ms for a
 INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # Fields that would change the answer and do not, with the values that ask for no change.
 NOT_OBEYED: dict[str, tuple] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,), "suffix": ("",),
+    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "stop": ([], ""),
     "response_format": ({"type": "text"},),
 }  # fmt: skip
@@ -58,22 +57,18 @@ class CheckedHandler(utils.BaseHandler):
 
     def _validate_request(self, body: dict) -> None:
         model = self.model_manager.force_model
-        if body.get("model", model) != model:
+        if body.get("model") not in (None, model):
             refuse(404, f"this server has the model {model!r}, not {body['model']!r}")
         super()._validate_request(body)
         for name in INTEGERS:
             value = body.get(name)
             if value is not None and (type(value) is not int or value < 1):
                 refuse(400, f"{name} must be a whole number, at least 1, not {value!r}")
-        for name, least, most in (("temperature", 0, math.inf), ("top_p", 0, 1)):
+        # A temperature near 0 would make infinities of the logits, for all who share the step.
+        for name, least, most in (("temperature", 1e-3, 2), ("top_p", 0, 1)):
             value = body.get(name)
-            if value is not None and not (
-                type(value) in (int, float)
-                and least <= value <= most < math.inf
-                or type(value) in (int, float)
-                and least <= value < most
-            ):
-                refuse(400, f"{name} must be a number in {least}..{most}, not {value!r}")
+            if value is not None and not (type(value) in (int, float) and (value == 0 or least <= value <= most)):
+                refuse(400, f"{name} must be 0 or a number in {least}..{most}, not {value!r}")
         if body.get("seed") is not None and not (type(body["seed"]) is int and 0 <= body["seed"] < 2**63):
             refuse(400, f"seed must be a whole number in 0..2**63 - 1, not {body['seed']!r}")
         messages = body.get("messages", [{"role": "user"}])
@@ -168,14 +163,15 @@ class RowGenerateManager(utils.CBGenerateManager):
             refuse(400, "the prompt is empty: it must hold at least one token")
         if len(tokens) > self.max_prompt_tokens:
             refuse(413, f"the prompt has {len(tokens)} tokens, and at most {self.max_prompt_tokens} are read")
-        if self._cb.background_thread_status.can_accept_new_requests():
-            refuse(503, "the server is stopping")
+        reason = self._cb.background_thread_status.can_accept_new_requests()
+        if reason:
+            refuse(503, reason)
         if len(self._running) >= self.slots + self.max_waiting:
             refuse(429, f"{self.max_waiting} requests are waiting: try again later", **{"Retry-After": "1"})
         sampling: dict[str, Any] = {"do_sample": bool(config.do_sample)}
         if config.do_sample:
             sampling["temperature"] = float(config.temperature or 1.0)
-            sampling["top_p"] = float(config.top_p or 1.0)
+            sampling["top_p"] = float(1.0 if config.top_p is None else config.top_p)
             sampling["top_k"] = min(config.top_k or self.vocab_size, self.vocab_size)
             if config.seed is not None:
                 sampling["seed"] = config.seed
