@@ -1,5 +1,6 @@
 # make train   install into .venv, train configs/demo.yaml (minutes on two CPU cores), complete a prompt
-# make test    lint, types and all tests but those below, on two cores
+# make test    lint, types and all tests but those below, on two cores, and the slowest of them by name; of one file:
+#              make test ARGS=tests/test_hub.py
 # make conformance   transformers' own tests of a model, those of FSDP among them, which take minutes
 # make soak   100 kills, 2000 damaged files and 10,000 steps: the long forms of tests, half an hour on one core
 # Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-train: .venv/installed
+train: .venv/trainable
 	$(BIN)/python train.py configs/demo.yaml $(ARGS)
 	$(BIN)/python -c 'from transformers import pipeline, set_seed; set_seed(0); \
 	  generate = pipeline("text-generation", "runs/demo", trust_remote_code=True); \
@@ -17,7 +18,7 @@ train: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not is_fsdp_test and not soak" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not is_fsdp_test and not soak" --durations=25 $(ARGS)
 
 conformance: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/conformance $(ARGS)
@@ -25,10 +26,15 @@ conformance: .venv/installed
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --durations=0 -o faulthandler_timeout=0 $(ARGS)
 
-# torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
-.venv/installed: pyproject.toml constraints.txt
+# What training needs. torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
+.venv/trainable: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,train]'
+	touch $@
+
+# What the tests need beside it.
+.venv/installed: .venv/trainable
 	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,serving,ecosystem,trackers,dev]'
 	touch $@
 

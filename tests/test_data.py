@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +70,22 @@ def test_files_split_at_a_character_of_all_files_together(tmp_path_factory, cont
         with pytest.raises(InputError, match="split of .* has no text"):
             load_documents(config)
         return
-    training, held_out = load_documents(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.data.BLOCK_BYTES", 3)  # less than some characters have
+        training, held_out = map(list, load_documents(config))
     assert "".join(texts(training)) == whole[:keep]
     assert "".join(texts(held_out)) == whole[keep:]
+    ends = list(accumulate(map(len, filter(None, contents))))
+    for rows, start in ((training, 0), (held_out, keep)):
+        stops = start + np.cumsum([len(row["text"]) for row in rows])
+        within = stops[[row["ends"] for row in rows]].tolist()
+        assert within == [end for end in ends if start < end < stops[-1]] + [stops[-1]]
 
 
 def test_a_text_of_the_size_of_tiny_shakespeare_splits_like_everywhere(tmp_path):
     (tmp_path / "input.txt").write_text("x" * 1_115_394)
     training, held_out = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))
-    assert [len(text) for text in texts(training) + texts(held_out)] == [1_003_854, 111_540]
+    assert [sum(map(len, texts(split))) for split in (training, held_out)] == [1_003_854, 111_540]
 
 
 def test_held_out_files_are_taken_as_they_are(tmp_path):
@@ -132,9 +141,14 @@ def test_a_split_of_its_own_is_taken_whole(folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"text\xff\xfe", r"is not UTF-8 text: byte 4 is 0xff"), (b"ab\0c", r"is not text: byte 2 is 0x00")],
+    [
+        (b"text\xff\xfe", r"is not UTF-8 text: byte 4 is 0xff"),
+        (b"ab\xc3", r"is not UTF-8 text: byte 2 is 0xc3"),
+        (b"\xc3\xa9ab\0c", r"is not text: byte 4 is 0x00"),
+    ],
 )
-def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path, content, message):
+def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr("training.data.BLOCK_BYTES", 3)
     path = tmp_path / "binary"
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"^{path} {message}$"):
@@ -172,7 +186,8 @@ def test_a_data_set_that_is_not_there_is_named(folder, settings, message):
 def test_pieces_of_a_text_are_bounded_and_lose_nothing(text, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.data.PIECE_CHARACTERS", size)
-        pieces = list(cut(text))
+        pieces = list(cut([text]))
+        assert list(cut(text)) == pieces  # character by character
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= size for piece in pieces)
     assert all(piece.endswith("\n") or "\n" not in piece for piece in pieces[:-1])
@@ -199,6 +214,20 @@ def test_a_vocabulary_beyond_16_bits_keeps_its_ids():
     alphabet = [chr(0x10000 + index) for index in range(2**16 + 1)]
     stream = token_stream(Dataset.from_dict({"text": [alphabet[-1] + alphabet[0]]}), character_tokenizer(alphabet))
     assert tokens(stream) == [2**16, 0]
+
+
+def test_a_file_is_tokenised_in_a_fraction_of_its_size(tmp_path, monkeypatch):
+    for name, value in {"BLOCK_BYTES": 2**12, "PIECE_CHARACTERS": 2**10, "PIECES_AT_ONCE": 4}.items():
+        monkeypatch.setattr(f"training.data.{name}", value)
+    text = "a line of some length, é\n" * 20_000  # 0.5 MB, tokens of 1 MB
+    (tmp_path / "input.txt").write_text(text)
+    training, _ = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))
+    tracemalloc.start()
+    stream = token_stream(training, byte_tokenizer())
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tokens(stream) == list(text[: int(0.9 * len(text))].encode())
+    assert peak_bytes < 0.4e6
 
 
 @pytest.mark.parametrize("limit", [2, 50, 10**6])

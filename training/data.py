@@ -11,14 +11,16 @@ import os
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
+from codecs import IncrementalDecoder, getincrementaldecoder
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from multiprocessing.util import Finalize
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, alarm, signal
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, load_datas
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, get_worker_info
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .config import STDLIB, DataConfig, InputError, one_line
@@ -36,13 +39,17 @@ NOT_STDLIB_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_te
 # A tokenizer keeps some 200 bytes a character while it works: long documents are encoded in pieces, few at a time.
 PIECE_CHARACTERS = 2**14
 PIECES_AT_ONCE = 64
+# Bytes of a file that are read at once.
+BLOCK_BYTES = 2**20
 # Documents tokenised per call.
 DOCUMENT_BATCH = 64
 STREAM = "data.dataset, while it is streamed"
 IGNORED = -100  # a target that the loss leaves out, by torch's convention
 
 
-def load_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+def load_documents(
+    config: DataConfig,
+) -> tuple["Dataset | IterableDataset | TextFiles", "Dataset | IterableDataset | TextFiles"]:
     """The training and the held-out documents.
 
     Raises InputError for a missing file, a file that is not UTF-8 text, an unknown data set, split or column, and for
@@ -72,17 +79,37 @@ def stdlib_documents(held_out_fraction: float) -> tuple[Dataset, Dataset]:
     return in_memory(splits[False]), in_memory(splits[True])
 
 
-def file_documents(config: DataConfig) -> tuple[Dataset, Dataset]:
+def file_documents(config: DataConfig) -> tuple["TextFiles", "TextFiles"]:
     """One document a file, with held-out files of their own or the last characters of all files taken together."""
-    training = [read_text(path) for path in expand(config.files, "data.files")]
+    training = [(path, 0, count_characters(path)) for path in expand(config.files, "data.files")]
     if config.held_out_files:
-        held_out = [read_text(path) for path in expand(config.held_out_files, "data.held_out_files")]
-    else:
-        keep = int((1 - config.held_out_fraction) * sum(map(len, training)))
-        cuts = [max(0, keep - start) for start in accumulate(map(len, training), initial=0)]
-        held_out = [text[cut:] for text, cut in zip(training, cuts)]
-        training = [text[:cut] for text, cut in zip(training, cuts)]
-    return in_memory(training), in_memory(held_out)
+        paths = expand(config.held_out_files, "data.held_out_files")
+        return TextFiles(training), TextFiles([(path, 0, count_characters(path)) for path in paths])
+    lengths = [length for _, _, length in training]
+    keep = int((1 - config.held_out_fraction) * sum(lengths))
+    cuts = [min(max(0, keep - start), length) for start, length in zip(accumulate(lengths, initial=0), lengths)]
+    return (
+        TextFiles([(path, 0, cut) for (path, _, _), cut in zip(training, cuts)]),
+        TextFiles([(path, cut, length) for (path, _, length), cut in zip(training, cuts)]),
+    )
+
+
+class TextFiles:
+    """Documents of which no file is ever in memory as a whole: one a file, its characters `first` to `last` - 1.
+
+    Iteration gives rows of pieces, {"text": a piece, "ends": whether it is the last of its document}.
+    """
+
+    def __init__(self, stretches: list[tuple[Path, int, int]]):
+        self.stretches = [(path, first, last) for path, first, last in stretches if first < last]
+        self.characters = sum(last - first for _, first, last in self.stretches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path, first, last in self.stretches:
+            left = last - first
+            for piece in cut(stretch(read_blocks(path), first, last)):
+                left -= len(piece)
+                yield {"text": piece, "ends": not left}
 
 
 def in_memory(texts: list[str]) -> Dataset:
@@ -102,15 +129,39 @@ def expand(patterns: list[str], key: str) -> list[Path]:
     return paths
 
 
-def read_text(path: Path) -> str:
-    data = path.read_bytes()
+def read_blocks(path: Path) -> Iterator[str]:
+    """The text of a file, BLOCK_BYTES at a time. Raises InputError where it is not UTF-8 text."""
+    decoder, start = getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while data := file.read(BLOCK_BYTES):
+            yield decode(decoder, data, start, path)
+            start += len(data)
+    decode(decoder, b"", start, path)
+
+
+def decode(decoder: IncrementalDecoder, data: bytes, start: int, path: Path) -> str:
+    """The bytes of `path` from `start` on, and before them what is left of a character; b"" ends the file."""
+    start_of_character = start - len(decoder.getstate()[0])
     try:
-        text = data.decode("utf-8")
+        text = decoder.decode(data, final=not data)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}") from error
+        position, value = start_of_character + error.start, error.object[error.start]
+        raise InputError(f"{path} is not UTF-8 text: byte {position} is 0x{value:02x}") from error
     if (position := data.find(0)) >= 0:
-        raise InputError(f"{path} is not text: byte {position} is 0x00")
+        raise InputError(f"{path} is not text: byte {start + position} is 0x00")
     return text
+
+
+def count_characters(path: Path) -> int:
+    return sum(map(len, read_blocks(path)))
+
+
+def stretch(blocks: Iterable[str], first: int, last: int) -> Iterator[str]:
+    """Characters first to last - 1 of the text."""
+    start = 0
+    for block in blocks:
+        yield block[max(0, first - start) : max(0, last - start)]
+        start += len(block)
 
 
 def dataset_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
@@ -172,31 +223,46 @@ def is_in_split(fraction: float, held_out: bool, text: str) -> bool:
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of each document, then one end token."""
-    pieces = [list(cut(text)) for text in texts]
-    flat = list(chain.from_iterable(pieces))
-    encoded = []
-    for start in range(0, len(flat), PIECES_AT_ONCE):
+    documents = [[*cut([text]), None] for text in texts]
+    ids = encode_pieces(chain.from_iterable(documents), tokenizer)
+    return [[*chain.from_iterable(islice(ids, len(document)))] for document in documents]
+
+
+def encode_pieces(pieces: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of each piece of a document; of None, which stands after the last piece, an end token."""
+    pieces = iter(pieces)
+    while batch := list(islice(pieces, PIECES_AT_ONCE)):
+        texts = [piece for piece in batch if piece is not None]
         # split_special_tokens: text that spells a special token is text, not an end of document.
-        encoded += tokenizer(
-            flat[start : start + PIECES_AT_ONCE],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-    encoded = iter(encoded)
-    return [[*chain.from_iterable(next(encoded) for _ in document), tokenizer.eos_token_id] for document in pieces]
+        ids = (
+            texts
+            and tokenizer(
+                texts,
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                verbose=False,
+            )["input_ids"]
+        )
+        ids = iter(ids)
+        yield from ([tokenizer.eos_token_id] if piece is None else next(ids) for piece in batch)
 
 
-def cut(text: str) -> Iterator[str]:
-    """Pieces of at most PIECE_CHARACTERS, cut after a line where possible: no cut inside a word changes its tokens."""
-    start = 0
-    while start < len(text):
-        end = start + PIECE_CHARACTERS
-        if end < len(text):
+def cut(blocks: Iterable[str]) -> Iterator[str]:
+    """Pieces of at most PIECE_CHARACTERS, cut after a line where possible: no cut inside a word changes its tokens.
+
+    blocks: the text, in parts; the pieces do not depend on where one ends.
+    """
+    text = ""
+    for block in blocks:
+        text, start = text + block, 0
+        while (end := start + PIECE_CHARACTERS) < len(text):
             end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    if text:
+        yield text
 
 
 class TokenStream:
@@ -234,27 +300,25 @@ class TokenStream:
 
 
 def token_stream(
-    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+    documents: Dataset | IterableDataset | TextFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
 ) -> TokenStream:
     """All documents, or the first `max_tokens` tokens of them, as one stream. Raises InputError below two tokens."""
-    dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
+    dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
     if isinstance(documents, Dataset):
         tokens = documents.map(
             lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
             batched=True,
             batch_size=DOCUMENT_BATCH,
             remove_columns="text",
-            features=Features({"input_ids": List(Value(dtype))}),
+            features=Features({"input_ids": List(Value(dtype.name))}),
             desc="Tokenising",
         )
         arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
     else:
-        arrays = []
         with readable(STREAM):
-            for batch in documents.iter(batch_size=DOCUMENT_BATCH):
-                arrays += [np.array(ids, dtype=dtype) for ids in encode(batch["text"], tokenizer)]
-                if max_tokens and sum(map(len, arrays)) > max_tokens:
-                    break
+            arrays = [stored_tokens(documents, tokenizer, dtype, max_tokens)]
     arrays[-1] = arrays[-1][:-1]  # end tokens separate documents: none after the last
     stream = TokenStream(arrays)
     if max_tokens and len(stream) > max_tokens:
@@ -262,6 +326,30 @@ def token_stream(
     if len(stream) < 2:
         raise InputError("data: a split of a single token leaves nothing to predict")
     return stream
+
+
+def stored_tokens(
+    documents: IterableDataset | TextFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: np.dtype,
+    max_tokens: int | None,
+) -> np.ndarray:
+    """The tokens of all documents, or some more than `max_tokens`, in a file without a name that goes with them."""
+    pieces = (
+        piece
+        for document in documents
+        for piece in (*cut([document["text"]]), *([None] if document.get("ends", True) else []))
+    )
+    count, bar = 0, tqdm(desc="Tokenising", unit=" tokens", unit_scale=True)
+    with bar, TemporaryFile() as file:
+        for ids in encode_pieces(pieces, tokenizer):
+            file.write(np.array(ids, dtype=dtype).data)
+            count += len(ids)
+            bar.update(len(ids))
+            if max_tokens and count > max_tokens:
+                break
+        file.flush()
+        return np.memmap(file, dtype, "r")
 
 
 def token_digests(tokenizer: PreTrainedTokenizerBase, streams: dict[str, TokenStream]) -> dict[str, str]:

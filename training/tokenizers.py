@@ -33,8 +33,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One id per character that occurs in `texts`, in code point order; after them end, padding and unknown."""
-    alphabet = sorted(set().union(*texts))
-    vocabulary = [*alphabet, END_OF_TEXT, PADDING, UNKNOWN]
+    alphabet: set[str] = set()
+    for text in texts:
+        alphabet.update(text)
+    vocabulary = [*sorted(alphabet), END_OF_TEXT, PADDING, UNKNOWN]
     backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()

@@ -1,4 +1,4 @@
-"""The marks that the mixins of transformers set."""
+"""The marks that the mixins of transformers set, but is_fsdp_test: the Makefile names it for any file of tests."""
 
 MARKERS = (
     "accelerate_tests",
@@ -6,7 +6,6 @@ MARKERS = (
     "flash_attn_3_test",
     "flash_attn_4_test",
     "generate",
-    "is_fsdp_test",
     "is_tensor_parallel_test",
     "is_training_test",
     "slow",
