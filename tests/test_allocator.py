@@ -1,4 +1,4 @@
-"""Memory that is kept costs no page faults, counted by the system."""
+"""What train.py sets for its process: memory that is kept costs no page faults, and threads that wait soon sleep."""
 
 import ctypes
 import os
@@ -37,3 +37,22 @@ def test_a_tensor_takes_the_pages_of_the_one_before():
     assert faults("pass") >= pages // huge
     assert faults("keep_freed_memory()") < 10
     assert faults("keep_freed_memory()", MALLOC_MMAP_THRESHOLD_="1000000") >= pages // huge  # the user's
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, "1000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "active"}, "None active")],
+)
+def test_threads_that_wait_sleep_unless_the_user_says_how_they_wait(settings, expected):
+    program = (
+        "import sys, training.config, os; assert 'torch' not in sys.modules\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent.parent, env=environment | settings,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == expected + "\n"

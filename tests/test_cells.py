@@ -79,7 +79,7 @@ def assert_close(actual, expected, tolerance=3e-6, rounding=0.0):
 
 # Against the oracle
 
-SHAPES = [(1, 1, 1), (2, 2, 5), (3, 63, 33), (2, 1000, 5), (1, 2049, 3), (2, 5, 9000)]
+SHAPES = [(1, 1, 1), (2, 2, 5), (1, 63, 5), (3, 63, 33), (2, 1000, 5), (1, 2049, 3), (2, 5, 9000)]
 # What rounding adds in half precision: to outputs, and to gradients, as the backward reads rounded states.
 ROUNDING = {torch.float64: 0, torch.float32: 0, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
@@ -95,11 +95,15 @@ def combinations():
         for shape in SHAPES:
             for dtype in ROUNDING:
                 for backend in EXACT:
+                    if shape == (1, 63, 5) and (backend, dtype.itemsize) != ("triton", 2):
+                        continue
                     if dtype == torch.float64 and backend in ("numba", "triton"):
                         continue  # refused
                     if backend in ("loop", "triton") and (shape[1] > 100 or shape[2] > 100):
                         continue  # takes seconds
-                    if dtype not in (torch.float32, torch.float64) and shape != (3, 63, 33):
+                    # Rounding is that of loads and stores, of which one tile of triton's interpreter has all.
+                    rounded = (1, 63, 5) if backend == "triton" else (3, 63, 33)
+                    if dtype not in (torch.float32, torch.float64) and shape != rounded:
                         continue
                     marks = [pytest.mark.oldest] if shape == (2, 2, 5) and dtype == torch.float32 else []
                     id = f"{name}-{shape}-{str(dtype).removeprefix('torch.')}-{backend}"
@@ -167,7 +171,7 @@ def test_any_masks_equal_the_oracle(cell, backend):
 # Precision
 
 
-LONG = {"torch": 262144, "numba": 262144, "triton": 300}  # tokens
+LONG = {"torch": 262144, "numba": 262144, "triton": 120}  # tokens
 GATES = {  # blocks of `projected` that are gates, and which way each makes a cell remember
     "mingru": {0: -1}, "minlstm": {0: 1, 1: -1}, "mingru_signed": {0: 0.3, 1: -0.3}, "aaren": {0: -1},
     "rwkv4": {0: -1}, "lru": {}, "rglru": {0: -1}, "hgrn": {0: 1}, "lmu": {},
