@@ -124,36 +124,22 @@ def test_a_piece_that_is_not_restored_shows(run, kept, monkeypatch, owner, name)
     assert outcome(folder) != expected
 
 
-def train_in_new_processes(number, config, *overrides):
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2-processes.yaml"]
-    command = [*launcher, "--main_process_port", "0"] if number == 2 else []
-    done = subprocess.run(
-        [sys.executable, *command, "train.py", config, *overrides],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
-def test_new_processes_and_their_workers_go_on_as_the_old_ones_would_have(
-    setting, streaming, tmp_path, train_main, processes, workers
-):
-    config = setting(**SETTINGS, data=streaming["data"] | {"workers": workers})
+def test_a_new_process_and_its_worker_go_on_as_the_old_ones_would_have(setting, streaming, tmp_path):
+    """Two processes of one run do so in test_restart.py, two workers of one process in test_data.py."""
+    config = setting(**SETTINGS, data=streaming["data"] | {"workers": 1})
     folder = tmp_path / "run"
-    train_in_new_processes(processes, config, "train.save_every_steps=4")
+
+    def train_in_a_new_process(*overrides):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train.py", config, *overrides]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    train_in_a_new_process("train.save_every_steps=4")
     expected = outcome(folder)
-    assert sum(name.startswith("process_") for name in expected[0]) == 2 * processes
     stop_at(folder, 4)
-    train_in_new_processes(processes, config, "train.resume=true")
+    train_in_a_new_process("train.resume=true")
     assert outcome(folder) == expected
-    if processes == 2:
-        states = [load_file(list_checkpoints(folder)[-1] / f"process_{i}.safetensors")["cpu"] for i in range(2)]
-        assert not torch.equal(*states)
-        with pytest.raises(InputError, match="saved by 2 processes, 1 to a sequence, resumed by 1, .*: with model"):
-            train_main(config, ["train.resume=true"])
 
 
 @pytest.mark.parametrize("new_scale", [1024.0, 3.0])
@@ -185,25 +171,26 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "process_0.
          "run.yaml", "manifest.json")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["cut", "flipped", "deleted"])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_used(run, setting, train_main, capsys, name, how):
+def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_used(run, setting, train_main, capsys, how):
     folder = run()
     expected = outcome(folder)
-    file = folder / "checkpoints" / "step-00000008" / name
-    data = file.read_bytes()
-    if how == "deleted":
-        file.unlink()
-    else:
-        middle = len(data) // 2
-        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-        file.write_bytes(data[:middle] if how == "cut" else flipped)
-    capsys.readouterr()
-    assert train_main(setting(**{"train.resume": True})) == 0
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
-    assert len(warnings) == 1 and "step-00000008/" in warnings[0]
-    assert name in warnings[0] or name == "manifest.json"  # a flipped digest says that its file is another
-    assert outcome(folder) == expected
+    config = setting(**{"train.resume": True})
+    for name in FILES:  # each in the checkpoint that the start before has written anew
+        file = folder / "checkpoints" / "step-00000008" / name
+        data = file.read_bytes()
+        if how == "deleted":
+            file.unlink()
+        else:
+            middle = len(data) // 2
+            flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+            file.write_bytes(data[:middle] if how == "cut" else flipped)
+        capsys.readouterr()
+        assert train_main(config) == 0
+        warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+        assert len(warnings) == 1 and "step-00000008/" in warnings[0]
+        assert name in warnings[0] or name == "manifest.json"  # a flipped digest says that its file is another
+        assert outcome(folder) == expected
 
 
 def test_a_run_with_damaged_checkpoints_only_is_refused_and_left_as_it_is(run, setting, train_main, capsys):

@@ -6,7 +6,10 @@ import sys
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_checkpoint import ROOT, outcome
+from test_train_parallel import train_in_processes
 
 import train
 from training.checkpoint import list_checkpoints, save_checkpoint
@@ -137,11 +140,10 @@ def test_what_ends_one_process_ends_all_and_the_next_start_goes_on_to_the_same_b
     config = setting(**{"train.steps": 30, "train.save_every_steps": 5, "model.dropout": 0.1})
     (tmp_path / "failing.py").write_text(FAILING)
 
-    def torchrun(start, folder, returncode):
+    def torchrun(start, returncode):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-        settings = ["train.resume=auto", f"train.output_dir={tmp_path / folder}"]
         done = subprocess.run(
-            [sys.executable, *launcher, tmp_path / "failing.py", config, *settings],
+            [sys.executable, *launcher, tmp_path / "failing.py", config, "train.resume=auto"],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "START": start, **NEW_STORE},
             capture_output=True,
@@ -151,9 +153,9 @@ def test_what_ends_one_process_ends_all_and_the_next_start_goes_on_to_the_same_b
         assert done.returncode == returncode, done.stderr
         return done.stdout, done.stderr
 
-    torchrun("uninterrupted", "uninterrupted", 0)
+    train_in_processes(2, config, f"train.output_dir={tmp_path / 'uninterrupted'}")
 
-    output, errors = torchrun("first", "run", 1)  # killed, started again, and failed
+    output, errors = torchrun("first", 1)  # killed, started again, and failed
     ended = time.time()
     assert "RuntimeError: this device is gone" in errors[errors.index("failing.py FAILED") :]  # said by torchrun
     times = [line.split() for line in output.splitlines() if line.startswith(("began", "failed"))]
@@ -161,10 +163,13 @@ def test_what_ends_one_process_ends_all_and_the_next_start_goes_on_to_the_same_b
     began, failed = float(times[3][1]), (float(times[2][1]), float(times[5][1]))
     assert began - failed[0] < 60 and ended - failed[1] < 60  # seconds until the other process has ended too
 
-    output, _ = torchrun("second", "run", 1)  # terminated
+    output, _ = torchrun("second", 1)  # terminated
     assert "stopped at step 18: the same command with train.resume=true continues it" in output
 
-    torchrun("third", "run", 0)
+    torchrun("third", 0)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "uninterrupted")
+    (checkpoint,) = list_checkpoints(tmp_path / "run")[-1:]
+    states = [load_file(checkpoint / f"process_{rank}.safetensors")["cpu"] for rank in range(2)]
+    assert not torch.equal(*states)  # of each process its own, for its dropout
     assert starts(tmp_path / "run") == [0, 5, 10, 18]
     assert ends(tmp_path / "run") == [(18, 75), (30, 0)]
