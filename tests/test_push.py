@@ -1,6 +1,7 @@
 """A trained model is published whole, by train.py or by hand, and loads from the Hub where this package is absent.
 
 Over HTTP against tests/loopback_hub.py, in processes of their own: the library reads where the Hub is when imported.
+All on the "torch" backend: kernels of such code, which compile anew, run in test_hub.py.
 """
 
 import json
@@ -70,7 +71,7 @@ def train(hub, folder, *overrides, token=TOKEN):
     (folder / "corpus.txt").write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(9)))
     OmegaConf.save(
         {
-            "model": {"hidden_size": 12, "num_hidden_layers": 1},
+            "model": {"hidden_size": 12, "num_hidden_layers": 1, "scan_backend": "torch"},
             "data": {"files": [str(folder / "corpus.txt")], "held_out_tokens": 50},
             "train": {
                 "steps": 3, "batch_size": 2, "sequence_length": 16, "learning_rate": 0.01, "eval_every_steps": 3,
@@ -142,7 +143,7 @@ def test_train_publishes_the_model_and_a_fresh_process_loads_it_by_its_name_and_
 
 
 def test_model_tokenizer_and_card_are_published_by_hand(hub, tmp_path):
-    model = small_model("minlstm", vocab_size=258, tie_word_embeddings=False, seed=4)
+    model = small_model("minlstm", vocab_size=258, tie_word_embeddings=False, seed=4, scan_backend="torch")
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# Times\n")

@@ -111,7 +111,7 @@ def test_train_learns_a_task_and_leaves_a_model_that_answers(run):
     assert losses(folder, "held_out_accuracy")[-1] > 0.95
     card = (folder / "README.md").read_text()
     assert "questions of 1 to 2 tokens" in card and "Held-out accuracy" in card and "bytes" not in card
-    read = pipeline("text-generation", str(folder), trust_remote_code=True)
+    read = pipeline("text-generation", str(folder))
     question = read.tokenizer("db??", return_tensors="pt")
     answer = read.model(**question).logits[0, 2:].argmax(-1)
     assert read.tokenizer.decode(answer) == "bd"
