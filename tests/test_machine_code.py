@@ -38,12 +38,8 @@ def compile_variants(variants):
 def test_the_kernels_stay_within_their_instructions_and_registers():
     from machine_code import LIMITS
 
-    variants = [
-        dict(kernel=kernel, cell_type=cell, target=target)
-        for kernel in KERNELS
-        for cell in CELLS
-        for target in (80, 90)
-    ]
+    variants = [dict(kernel=kernel, cell_type=cell, target=90) for kernel in KERNELS for cell in CELLS]
+    variants += [dict(kernel=kernel, cell_type="minlstm", target=80) for kernel in KERNELS]  # it takes most registers
     for variant, code in zip(variants, compile_variants(variants)):
         assert code["stack_bytes"] == 0, variant
         assert code["registers"] <= 128, variant
@@ -57,7 +53,6 @@ def test_every_other_variant_compiles_without_a_spill():
         dict(dtype="fp32"),
         dict(dtype="fp16", D=100),
         dict(dtype="bf16", masks=["reset_mask"]),
-        dict(dtype="fp16", masks=["padding_mask"]),
         dict(dtype="fp32", masks=["reset_mask", "padding_mask"], D=33),
     ]
     # minGRU makes the same loads with fewer registers: one choice is enough of it.

@@ -2,12 +2,10 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_script_in_processes
 from small_models import CELLS, random_ids, small_config, small_model
 from transformers import (
     AutoModelForCausalLM,
@@ -204,31 +202,12 @@ def test_trainer_predicts_without_returning_states(trainer):
 # ---- Two processes
 
 
-@pytest.fixture
-def torchrun(tmp_path, pytestconfig):
-    def torchrun(script, *arguments):
-        """Run a script in two processes of one gloo group."""
-        (tmp_path / "script.py").write_text(script)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        process = subprocess.run(
-            [*command, tmp_path / "script.py", *arguments],
-            env=os.environ | {"PYTHONPATH": str(pytestconfig.rootpath)},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr
-        assert "rules were not applied" not in process.stderr  # of tensor parallelism
-
-    return torchrun
-
-
 DATA_PARALLEL = """
 import gc, sys, torch
 import modeling_minrnn
 from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments
 
 folder = sys.argv[1]
-torch.set_num_threads(1)
 [arguments] = HfArgumentParser(TrainingArguments).parse_json_file(folder + "/arguments.json")
 assert arguments.world_size == 2
 rows = torch.load(folder + "/rows.pt")
@@ -242,14 +221,14 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_as_one_does_with_the_batch_of_both(trainer, torchrun, tmp_path):
+def test_two_processes_train_as_one_does_with_the_batch_of_both(trainer, tmp_path):
     start, rows = small_model(), unevenly_labelled()
     run = trainer(copy.deepcopy(start), rows, optim="sgd", max_steps=3, train_sampling_strategy="sequential")
     arguments = run.args.to_dict() | {"per_device_train_batch_size": run.args.per_device_train_batch_size // 2}
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
     torch.save(rows, tmp_path / "rows.pt")
     start.save_pretrained(tmp_path / "start")
-    torchrun(DATA_PARALLEL, tmp_path)
+    run_script_in_processes(DATA_PARALLEL, 2, tmp_path)
     run.train()
     assert_same_training(AutoModelForCausalLM.from_pretrained(tmp_path / "trained"), run.model, start)
 
@@ -260,7 +239,6 @@ import modeling_minrnn
 from transformers import AutoModelForCausalLM
 
 ids, *folders = sys.argv[1:]
-torch.set_num_threads(1)
 for folder in folders:
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
     weights = dict(model.named_parameters())
@@ -274,7 +252,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_models_split_over_two_processes_give_the_same_logits(torchrun, tmp_path):
+def test_models_split_over_two_processes_give_the_same_logits(tmp_path):
     ids = random_ids(2, 9)
     torch.save(ids, tmp_path / "ids.pt")
     models = {
@@ -286,7 +264,8 @@ def test_models_split_over_two_processes_give_the_same_logits(torchrun, tmp_path
     }
     for folder, model in models.items():
         model.save_pretrained(folder)
-    torchrun(SPLIT, tmp_path / "ids.pt", *models)
+    said = run_script_in_processes(SPLIT, 2, tmp_path / "ids.pt", *models)
+    assert "rules were not applied" not in said  # of tensor parallelism
     for folder, model in models.items():
         logits, sizes = torch.load(folder / "output.pt")
         torch.testing.assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
