@@ -169,7 +169,7 @@ def run(script, **environment):
 
 def checksum():
     """Of all results; different for a single bit in any of them."""
-    results = [x.detach().numpy().tobytes() for cell_type in CELLS for x in forward_and_backward(cell_type, B=2)]
+    results = [x.detach().numpy().tobytes() for x in forward_and_backward("minlstm", B=2)]
     return hashlib.sha256(b"".join(results)).hexdigest()
 
 
