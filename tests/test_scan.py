@@ -348,7 +348,7 @@ def test_the_gradient_of_a_state_that_all_tokens_return_to_is_exact(cell_type, b
 @every_exact_backend
 @every_cell
 def test_nan_goes_out_in_its_channel_from_its_time_on_and_nowhere_else(cell_type, backend):
-    T, D, t, d = 100, 5, 61, 3
+    T, D, t, d = 60, 5, 37, 3
     clean = problem(cell_type, 2, T, D)
     scan = functools.partial(minrnn_scan, backend=backend)
     expected = outcome(scan, **clean)
@@ -576,7 +576,7 @@ def test_only_the_inputs_and_the_states_are_saved_for_the_backward(cell_type, ba
 @every_fused_backend
 @every_cell
 def test_results_repeat_bit_by_bit(cell_type, backend):
-    arguments = problem(cell_type, 3, 70, 33) | {"reset_mask": random_mask(3, 70, seed=0, share=0.1)}
+    arguments = problem(cell_type, 2, 40, 33) | {"reset_mask": random_mask(2, 40, seed=0, share=0.1)}
     first, second = (outcome(functools.partial(minrnn_scan, backend=backend), **arguments) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name])
@@ -595,9 +595,13 @@ def test_what_is_given_is_left_as_it_was(cell_type, dtype):
 # torch.library, torch.compile, torch.export
 
 
-@every_fused_backend
+# The operators are the same whatever computes them: of the slow interpreter one layout is enough.
+@pytest.mark.parametrize(
+    "backend, layout",
+    [(backend, layout) for backend in ("torch", "numba") for layout in sorted(STATE_LAYOUTS.keys() - {"none"})]
+    + [("triton", "transposed")] * ("triton" in FUSED),
+)
 @every_cell
-@pytest.mark.parametrize("layout", sorted(STATE_LAYOUTS.keys() - {"none"}))
 def test_the_operators_pass_opcheck(cell_type, backend, layout):
     B, T, D = 3, 6, 5
     arguments = problem(cell_type, B, T, D)
@@ -668,7 +672,7 @@ def test_an_exported_scan_takes_any_batch_and_time(cell_type, backend):
 
     exported = torch.export.export(scan, inputs(3, 11), dynamic_shapes=sizes)
     assert NAMESPACE in named_operators(exported.graph)
-    for B, T in ((2, 2), (5, 300)):
+    for B, T in ((2, 2), (5, 40)):
         for actual, expected in zip(exported.module()(*inputs(B, T)), scan(*inputs(B, T))):
             assert torch.equal(actual, expected)
 
