@@ -1,10 +1,7 @@
 """The variants of benchmarks/paper/ablations.py compute what they say, in one pass and token by token."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +9,10 @@ from oracle import relative_error
 from small_models import CELLS, WrittenOut, random_ids, small_model
 from transformers import DynamicCache
 
+from benchmarks.paper import ablations
 from benchmarks.paper.ablations import SETTING, VARIANTS
 from training.config import load_config
 from training.tokenizers import character_tokenizer
-
-ROOT = Path(__file__).parent.parent
 
 
 class RecurrenceWrittenOut(WrittenOut):
@@ -144,16 +140,12 @@ def test_one_variant_alone_decays_the_gates(setting):
     assert gates - default == {f"model.layers.{layer}.rnn.in_proj.weight" for layer in range(2)} and default < gates
 
 
-def test_a_run_is_repeated_by_its_seed(tmp_path):
-    text = tmp_path / "text.txt"
+def test_a_run_is_repeated_by_its_seed(tmp_path, monkeypatch):
+    text, output = tmp_path / "text.txt", tmp_path / "rows.jsonl"
     text.write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(12)))
-    command = ["-m", "benchmarks.paper.ablations", str(text), "--only", "signed state", "--steps", "8"]
-    output = tmp_path / "rows.jsonl"
-    done = subprocess.run(
-        [sys.executable, *command, "--seeds", "1", "1", "--output", str(output)],
-        cwd=ROOT, env=os.environ, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    flags = ["--only", "signed state", "--steps", "8", "--seeds", "1", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["ablations", str(text), *flags])
+    ablations.main()
     first, again = map(json.loads, output.read_text().splitlines())
     assert first["variant"] == "candidate v for g(v), signed state" and first["steps"] == 8
     assert first["held_out_loss"] == again["held_out_loss"] < 3.2  # ln 24 characters

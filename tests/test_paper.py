@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.mamba import modeling_mamba
 
-from benchmarks.paper import mamba_scan, tasks
+from benchmarks.paper import long_context, mamba_scan, shakespeare, tasks
 from benchmarks.paper.long_context import PAIRS
 from benchmarks.paper.models import Family, parameters
 from benchmarks.paper.render import DOCS, TABLES, render
@@ -69,29 +69,27 @@ def test_the_fused_scan_of_mamba_is_that_of_transformers(T):
         assert (result - expected[name]).norm() <= 2e-6 * expected[name].norm(), name
 
 
-def run(tmp_path, module, *flags):
-    output = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", f"benchmarks.paper.{module}", *flags, "--output", str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert all(row["command"].startswith(f"python -m benchmarks.paper.{module} ") for row in rows)
-    return rows
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def run(module, *flags):
+        """The rows of a benchmark that is given these flags."""
+        output = tmp_path / "rows.jsonl"
+        monkeypatch.setattr(sys, "argv", [module.__name__, *flags, "--output", str(output)])
+        module.main()
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    return run
 
 
-def test_a_task_is_trained_and_a_second_run_gives_the_same(tmp_path):
+def test_a_task_is_trained_and_a_second_run_gives_the_same(run):
     flags = ["bucket_sort", "--only", "minLSTM", "--steps", "30", "--seeds", "0", "1", "0"]
-    first, other, again = run(tmp_path, "tasks", *flags)
+    first, other, again = run(tasks, *flags)
     assert first["accuracy"] == again["accuracy"] != other["accuracy"] and first["accuracy"] > 0.22  # one of five
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_has_a_setting_to_train_it(tmp_path, monkeypatch, task):
-    output = tmp_path / "rows.jsonl"
-    flags = ["--only", "minGRU", "--steps", "1", "--layers", "1", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["tasks", task, *flags])
-    tasks.main()
-    row = json.loads(output.read_text())
+def test_every_task_has_a_setting_to_train_it(run, task):
+    (row,) = run(tasks, task, "--only", "minGRU", "--steps", "1", "--layers", "1")
     assert row["task"] == task and 0 <= row["accuracy"] <= 1
 
 
@@ -109,9 +107,9 @@ def test_accuracy_counts_the_tokens_of_the_answers_alone():
     assert tasks.accuracy(Knowing(), held_out) == 15 / 16
 
 
-def test_recall_is_measured_by_the_number_of_pairs_and_its_rate_swept(tmp_path):
+def test_recall_is_measured_by_the_number_of_pairs_and_its_rate_swept(run):
     flags = ["recall", "--only", "recall minGRU, state x2", "--steps", "2", "--learning-rates", "1e-3", "1e-2"]
-    found = run(tmp_path, "long_context", *flags)
+    found = run(long_context, *flags)
     rates = [1e-3] * len(PAIRS) + [1e-2] * len(PAIRS)
     assert [(row["learning_rate"], row["pairs"]) for row in found] == list(zip(rates, 2 * PAIRS))
     assert all(0 <= row["accuracy"] < 0.5 for row in found)  # a tenth of the digits by chance
@@ -119,7 +117,12 @@ def test_recall_is_measured_by_the_number_of_pairs_and_its_rate_swept(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_speed_and_memory_are_measured(tmp_path):
-    rows = run(tmp_path, "speed", "--only", "loop of nn.GRUCell", "--lengths", "16", "1024", "2048", "--rounds", "1")
+    flags = ["--only", "loop of nn.GRUCell", "--lengths", "16", "1024", "2048", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.paper.speed", *flags, "--output", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert all(row["command"].startswith("python -m benchmarks.paper.speed ") for row in rows)
     assert [row["T"] for row in rows] == [16, 1024, 2048]
     # The loop keeps at least gates and state of every step; what it keeps and takes is linear in T.
     assert rows[2]["peak_mb"] > 4 * 2048 * 64 * 4 * 4 / 1e6 and 1.5 < rows[2]["peak_mb"] / rows[1]["peak_mb"] < 2.6
@@ -145,10 +148,10 @@ def test_a_held_out_text_is_read_in_windows_in_which_every_target_counts_once():
     assert loss == pytest.approx(total / 52, abs=1e-5) and reader.longest == 8
 
 
-def test_models_of_a_text_are_compared_on_the_same_batches(tmp_path):
+def test_models_of_a_text_are_compared_on_the_same_batches(run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + i * i % 23) for i in range(20_000)))
     flags = [str(text), "equal", "--steps", "2", "--rounds", "1", "--only", "min"]
-    rows = run(tmp_path, "shakespeare", *flags)
+    rows = run(shakespeare, *flags)
     assert [row["contender"] for row in rows] == ["minGRU", "minLSTM"]
     assert all(row["steps"] == 2 and 2 < row["held_out_loss"] < 4 for row in rows)  # log(23) = 3.1
