@@ -1,7 +1,9 @@
 """Every example runs as its first line says, on a tiny model, and does what it says."""
 
+import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +16,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from training.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that an example is about
 
 
-def run(folder, *command, text=""):
-    """What `python ...` prints, run in `folder` with `text` as its input."""
-    process = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        input=text,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    def run(module, *arguments, text=""):
+        """What `python -m module ...` prints, run in `tmp_path` with `text` as its input."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        capsys.readouterr()
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +43,13 @@ def folder(model, tmp_path_factory):
     return save(model, tmp_path_factory.mktemp("examples") / "model")
 
 
-def test_generate_prints_the_prompt_and_as_many_bytes_as_asked(tmp_path):
-    output = run(tmp_path, "-m", "examples.generate", "--prompt", "import ", "--max-new-tokens", 30)
+def test_generate_prints_the_prompt_and_as_many_bytes_as_asked(run):
+    output = run("examples.generate", "--prompt", "import ", "--max-new-tokens", 30)
     assert output.startswith("import ") and len(output) > len("import ") + 10
 
 
-def test_chat_answers_from_its_state_what_a_model_answers_that_reads_the_whole_transcript(model, folder, tmp_path):
-    output = run(tmp_path, "-m", "examples.chat", "--model", folder, "--max-new-tokens", 20, text="hello\nand then?\n")
+def test_chat_answers_from_its_state_what_a_model_answers_that_reads_the_whole_transcript(model, folder, run):
+    output = run("examples.chat", "--model", folder, "--max-new-tokens", 20, text="hello\nand then?\n")
     first, first_size, second, second_size = output.splitlines()
     transcript = "user: hello<eos>assistant: "
     assert first == continuation(model, transcript, 20)
@@ -59,8 +62,8 @@ def test_chat_answers_from_its_state_what_a_model_answers_that_reads_the_whole_t
     assert second_size.split(" in ")[1] == first_size.split(" in ")[1]
 
 
-def test_lora_learns_and_leaves_a_model_that_needs_no_peft(folder, tmp_path):
-    output = run(tmp_path, "-m", "examples.finetune_lora", "--model", folder, "--output", "tuned", "--steps", 20)
+def test_lora_learns_and_leaves_a_model_that_needs_no_peft(folder, run, tmp_path):
+    output = run("examples.finetune_lora", "--model", folder, "--output", "tuned", "--steps", 20)
     before, after = map(float, re.search(r"loss before (\S+), after (\S+) nats", output).groups())
     tuned, tokenizer = (auto.from_pretrained(tmp_path / "tuned") for auto in (AutoModelForCausalLM, AutoTokenizer))
     assert not (tmp_path / "tuned" / "adapter_config.json").exists()
@@ -73,19 +76,27 @@ def test_lora_learns_and_leaves_a_model_that_needs_no_peft(folder, tmp_path):
     assert after < before - 0.5
 
 
-def test_classify_learns_to_tell_questions_from_statements(tmp_path):
-    output = run(tmp_path, "-m", "examples.classify")
+def test_classify_learns_to_tell_questions_from_statements(run):
+    output = run("examples.classify")
     assert float(re.search(r"accuracy on 100 held-out texts: (\S+)", output)[1]) > 0.95
     assert re.findall(r"'label': '(\w+)'", output) == ["question", "statement"]
 
 
-def test_onnx_streams_the_text_of_generate_without_importing_torch(model, folder, tmp_path):
-    run(tmp_path, "-m", "modeling_minrnn.export", folder, "onnx")
+def test_onnx_streams_the_text_of_generate_without_importing_torch(model, folder, run, tmp_path):
+    run("modeling_minrnn.export", folder, "onnx")
     stream = (
         "import sys, runpy; sys.modules.update(torch=None, transformers=None); "  # importing these is an ImportError
         "runpy.run_module('examples.onnx_stream', run_name='__main__')"
     )
-    output = run(tmp_path, "-c", stream, "onnx", "def main", "--max-new-tokens", 40)
+
+    def streamed(*arguments):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", stream, "onnx", "def main", *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    output = streamed("--max-new-tokens", 40)
     assert output == "def main" + continuation(model, "def main", 40) + "\n"
-    sampled = [run(tmp_path, "-c", stream, "onnx", "def main", "--temperature", 1, "--seed", seed) for seed in (1, 2)]
+    sampled = [streamed("--temperature", 1, "--seed", seed) for seed in (1, 2)]
     assert sampled[0] != sampled[1]
