@@ -74,7 +74,7 @@ def main() -> None:
         threads, waiting = key
         slower = beside.seconds(key) / alone.seconds(key)
         report.add(
-            threads=threads,
+            worker_threads=threads,
             waiting=waiting,
             ms_alone=1e3 * alone.seconds(key),
             busy=options.busy,
