@@ -47,9 +47,7 @@ STREAM = "data.dataset, while it is streamed"
 IGNORED = -100  # a target that the loss leaves out, by torch's convention
 
 
-def load_documents(
-    config: DataConfig,
-) -> tuple["Dataset | IterableDataset | TextFiles", "Dataset | IterableDataset | TextFiles"]:
+def load_documents(config: DataConfig) -> tuple["Documents", "Documents"]:
     """The training and the held-out documents.
 
     Raises InputError for a missing file, a file that is not UTF-8 text, an unknown data set, split or column, and for
@@ -102,7 +100,6 @@ class TextFiles:
 
     def __init__(self, stretches: list[tuple[Path, int, int]]):
         self.stretches = [(path, first, last) for path, first, last in stretches if first < last]
-        self.characters = sum(last - first for _, first, last in self.stretches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for path, first, last in self.stretches:
@@ -110,6 +107,9 @@ class TextFiles:
             for piece in cut(stretch(read_blocks(path), first, last)):
                 left -= len(piece)
                 yield {"text": piece, "ends": not left}
+
+
+Documents = Dataset | IterableDataset | TextFiles
 
 
 def in_memory(texts: list[str]) -> Dataset:
@@ -300,9 +300,7 @@ class TokenStream:
 
 
 def token_stream(
-    documents: Dataset | IterableDataset | TextFiles,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int | None = None,
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> TokenStream:
     """All documents, or the first `max_tokens` tokens of them, as one stream. Raises InputError below two tokens."""
     dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
@@ -317,7 +315,7 @@ def token_stream(
         )
         arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
     else:
-        with readable(STREAM):
+        with readable("data.files" if isinstance(documents, TextFiles) else STREAM):
             arrays = [stored_tokens(documents, tokenizer, dtype, max_tokens)]
     arrays[-1] = arrays[-1][:-1]  # end tokens separate documents: none after the last
     stream = TokenStream(arrays)
