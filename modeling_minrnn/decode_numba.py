@@ -1,12 +1,16 @@
-"""One token through one layer as one CPU kernel, so that a decoding step costs little more than to read the weights.
+"""One token through all layers as one CPU kernel, so that a decoding step costs little more than to read the weights.
 
 B batch, H hidden size, D width of h, E log-sums, P width of `projected`, K kernel size, M width of the MLP.
-All is in float32, and the recurrence is that of a scan, `scan_numba.forward_row`. Other dtypes take the modules: they
-round between them, and a sequence read token by token must end as one that is read at once.
+Everything is computed in float32, and the recurrence is that of a scan, `scan_numba.forward_row`. The projections may
+also be eight-bit integers with a scale a row, as torchao's Int8WeightOnlyConfig keeps them. Other dtypes take the
+modules: they round between them, and a sequence read token by token must end as one that is read at once.
 Weights are read at each call where the modules keep them, so a change of them is seen.
+A row's results do not depend on the other rows of its batch, nor on how many there are, to the last bit.
 """
 
+import array
 import functools
+import itertools
 import math
 
 import torch
@@ -16,6 +20,8 @@ from transformers.activations import ACT2FN
 from .cache_minrnn import LayerState
 from .modeling_minrnn import MinRNNCausalConv, MinRNNDecoderLayer, MinRNNMLP, MinRNNRecurrence
 from .scan_numba import (
+    ANY_LENGTH,
+    OPTIONS,
     RWKV,
     allocate,
     blocks_at,
@@ -25,9 +31,12 @@ from .scan_numba import (
     dense,
     derived,
     exp_nonpositive,
+    fetch_line,
     floats,
     forward_row,
     int64,
+    intrinsic,
+    ir,
     np,
     numba,
     release,
@@ -36,11 +45,10 @@ from .scan_numba import (
     scalar,
     sigmoids,
     state_at,
+    void,
     voidptr,
 )
 
-# Sums of products may be taken in any order, as a matrix product takes them.
-REDUCTION = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp", "reassoc"}}
 ACTIVATIONS = {type(ACT2FN["gelu"]): 0, type(ACT2FN["silu"]): 1, type(ACT2FN["relu"]): 2}
 
 
@@ -64,7 +72,7 @@ def activated(activation, x):
     return x if x >= np.float32(0.0) else np.float32(0.0)
 
 
-@numba.njit(**REDUCTION)
+@numba.njit(error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"})  # a sum in any order
 def normalize(x, weight, y, B, H, eps):
     for b in range(B):
         row, out = x[b * H : b * H + H], y[b * H : b * H + H]
@@ -76,213 +84,340 @@ def normalize(x, weight, y, B, H, eps):
             out[i] = row[i] * scale * weight[i]
 
 
-MANY_ROWS = 16  # of a batch: from here on it pays to read x less often than to read the weights in one stream
+@intrinsic
+def pointer(typing_context, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return voidptr(int64), generate
 
 
-@numba.njit(**REDUCTION)
-def product(weight, bias, has_bias, x, y, B, n, k, accumulates):
-    """y (B, n) = x (B, k) @ weight (n, k).T + bias, or that added to y."""
-    if B < MANY_ROWS:
-        for i in range(n):
-            w, shift = weight[i * k : i * k + k], bias[i] if has_bias else np.float32(0.0)
-            for b in range(0, B - 3, 4):
-                x0, x1 = x[b * k : b * k + k], x[(b + 1) * k : (b + 1) * k + k]
-                x2, x3 = x[(b + 2) * k : (b + 2) * k + k], x[(b + 3) * k : (b + 3) * k + k]
-                s0 = s1 = s2 = s3 = shift
-                for j in range(k):
-                    value = w[j]
-                    s0 += value * x0[j]
-                    s1 += value * x1[j]
-                    s2 += value * x2[j]
-                    s3 += value * x3[j]
-                for c, total in enumerate((s0, s1, s2, s3)):
-                    at = (b + c) * n + i
+LANES = 8  # of a sum of products, added up at its end: alike for every tile, and with them the bits of the result
+FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+class Tile:
+    """Builds sums (W, R) = w (W, k) @ x (R, k).T in LLVM's terms, whose own vectoriser would order the sums of each
+    shape of tile differently. w and x: the addresses of their rows, of float32 or eight-bit integers."""
+
+    def __init__(self, builder, w, x, k):
+        self.builder, self.w, self.x, self.k = builder, w, x, k
+
+    def sums(self) -> list:
+        builder, vector = self.builder, ir.VectorType(FLOAT, LANES)
+        whole = builder.and_(self.k, INT64(-LANES))
+        zeros = [ir.Constant(vector, None)] * (len(self.w) * len(self.x))
+        sums = self.add_products(LANES, INT64(0), whole, zeros)
+        return self.add_products(1, whole, self.k, [self.across(total) for total in sums])
+
+    def add_products(self, lanes, start, stop, sums) -> list:
+        """The sums and the products from start to stop, so many at a time."""
+        builder, before = self.builder, self.builder.block
+        head, body, after = (builder.append_basic_block(part) for part in ("head", "body", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        phis = [builder.phi(value.type) for value in (start, *sums)]
+        at, *totals = phis
+        builder.cbranch(builder.icmp_signed("<", at, stop), body, after)
+        builder.position_at_end(body)
+        if lanes > 1 and len(self.w) > 1:
+            self.fetch_next(at)
+        w, x = ([self.values(row, at, lanes) for row in rows] for rows in (self.w, self.x))
+        products = [builder.fmul(a, b, flags=("contract",)) for a in w for b in x]
+        following = [builder.fadd(*pair, flags=("contract",)) for pair in zip(totals, products)]
+        following.insert(0, builder.add(at, INT64(lanes)))
+        builder.branch(head)
+        for phi, first, later in zip(phis, (start, *sums), following):
+            phi.add_incoming(first, before)
+            phi.add_incoming(later, body)
+        builder.position_at_end(after)
+        return totals
+
+    def values(self, row, at, lanes):
+        builder, kept = self.builder, row.type.pointee
+        of_kept, of_float = (kind if lanes == 1 else ir.VectorType(kind, lanes) for kind in (kept, FLOAT))
+        found = builder.load(builder.bitcast(builder.gep(row, [at]), of_kept.as_pointer()))
+        found.align = 4 if kept == FLOAT else 1  # no more than that of a single number
+        return found if kept == FLOAT else builder.sitofp(found, of_float)
+
+    def across(self, total):
+        """The sum of the lanes."""
+        for half in (LANES // 2, LANES // 4, LANES // 8):
+            indices = (ir.Constant(ir.VectorType(INT32, half), list(range(i, i + half))) for i in (0, half))
+            total = self.builder.fadd(*(self.builder.shuffle_vector(total, total, each) for each in indices))
+        return self.builder.extract_element(total, INT32(0))
+
+    def fetch_next(self, at):
+        """Into the cache: a part of the rows of w after these, which follow them in memory."""
+        builder, size = self.builder, 4 if self.w[0].type.pointee == FLOAT else 1
+        start = builder.mul(builder.add(self.k, at), INT64(len(self.w) * size))
+        start = builder.add(builder.ptrtoint(self.w[0], INT64), start)
+        for line in range(0, len(self.w) * size * LANES, 64):
+            fetch_line(builder, builder.add(start, INT64(line)))
+
+
+def tile_of(W: int, R: int):
+    """sums (W, R) = weight[i : i + W] @ x[b : b + R].T, of weight (n, k) and x (B, k), each past its end the last row.
+
+    Of weight and x come the addresses; `zero` is a number of the type of the weights.
+    """
+
+    @intrinsic
+    def tile(typing_context, zero, weight, i, n, x, b, B, k, sums):
+        signature = void(zero, int64, int64, int64, int64, int64, int64, int64, int64)
+
+        def generate(context, builder, signature, arguments):
+            zero, weight, i, n, x, b, B, k, sums = arguments
+
+            def rows(kind, address, first, number, count):
+                start, last = builder.inttoptr(address, kind.as_pointer()), builder.sub(number, INT64(1))
+                for row in (builder.add(first, INT64(c)) for c in range(count)):
+                    row = builder.select(builder.icmp_signed("<", row, last), row, last)
+                    yield builder.gep(start, [builder.mul(row, k)])
+
+            tile = Tile(builder, list(rows(zero.type, weight, i, n, W)), list(rows(FLOAT, x, b, B, R)), k)
+            start = builder.inttoptr(sums, FLOAT.as_pointer())
+            for c, total in enumerate(tile.sums()):
+                builder.store(total, builder.gep(start, [INT64(c)]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+one_row, eight_rows, four_by_two = tile_of(1, 1), tile_of(8, 1), tile_of(4, 2)
+
+
+@numba.njit(**OPTIONS)
+def product(zero, projection, x, y, B, n, k, accumulates, sums):
+    """y (B, n) = x (B, k) @ weight (n, k).T * scale (n,) + bias (n,), or that added to y.
+
+    projection: the addresses of weight, scale and bias; there is a scale for integers, and need not be a bias.
+    """
+    weight, x_address, sums_address = projection[0], x.ctypes.data, sums.ctypes.data
+    scale, bias = floats(pointer(projection[1])), floats(pointer(projection[2]))
+    scaled, biased = projection[1] != 0, projection[2] != 0
+    # A row of float32 is read at the speed of memory; of a row of eight bits the sum would take longer than that.
+    W, R = (4, 2) if B > 1 else (8 if scaled else 1, 1)
+    for i in range(0, n, W):
+        for b in range(0, B, R):
+            if R == 2:
+                four_by_two(zero, weight, i, n, x_address, b, B, k, sums_address)
+            elif scaled:
+                eight_rows(zero, weight, i, n, x_address, b, B, k, sums_address)
+            else:
+                one_row(zero, weight, i, n, x_address, b, B, k, sums_address)
+            for r in range(min(R, B - b)):
+                for c in range(min(W, n - i)):
+                    total, at = sums[c * R + r], (b + r) * n + i + c
+                    if scaled:
+                        total *= scale[i + c]
+                    if biased:
+                        total += bias[i + c]
                     y[at] = total + y[at] if accumulates else total
-            for b in range(B - B % 4, B):
-                x0, total = x[b * k : b * k + k], shift
-                for j in range(k):
-                    total += w[j] * x0[j]
-                y[b * n + i] = total + y[b * n + i] if accumulates else total
-        return
-    for i in range(0, n, 4):
-        # Past the last weight or row the last one is taken again, and the result not kept.
-        i1, i2, i3 = min(i + 1, n - 1), min(i + 2, n - 1), min(i + 3, n - 1)
-        w0, w1 = weight[i * k : i * k + k], weight[i1 * k : i1 * k + k]
-        w2, w3 = weight[i2 * k : i2 * k + k], weight[i3 * k : i3 * k + k]
-        for b in range(0, B, 2):
-            last = min(b + 1, B - 1)
-            x0, x1 = x[b * k : b * k + k], x[last * k : last * k + k]
-            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0.0)
-            for j in range(k):
-                u, v = x0[j], x1[j]
-                a0, a1, a2, a3 = w0[j], w1[j], w2[j], w3[j]
-                s0 += a0 * u
-                s1 += a1 * u
-                s2 += a2 * u
-                s3 += a3 * u
-                t0 += a0 * v
-                t1 += a1 * v
-                t2 += a2 * v
-                t3 += a3 * v
-            for c, totals in enumerate(((s0, t0), (s1, t1), (s2, t2), (s3, t3))):
-                if i + c < n:
-                    shift = bias[i + c] if has_bias else np.float32(0.0)
-                    for row in range(b, last + 1):
-                        at = row * n + i + c
-                        y[at] = totals[row - b] + shift + (y[at] if accumulates else np.float32(0.0))
 
 
 @numba.njit
-def convolve(x, window, weight, out, out_window, B, H, K):
-    """out = x + conv(x), and the window after the token; weight: (H, K)."""
+def convolve(x, window, weight, out_window, B, H, K):
+    """x += conv(x), and the window after the token; weight: (H, K)."""
     W = (K - 1) * H
     for b in range(B):
-        for i in range(H):
-            total = x[b * H + i] * weight[i * K + K - 1]
-            for k in range(K - 1):
-                total += window[b * W + k * H + i] * weight[i * K + k]
-            out[b * H + i] = x[b * H + i] + total
+        row = x[b * H : b * H + H]
         for i in range(W - H):
             out_window[b * W + i] = window[b * W + H + i]
         for i in range(max(W - H, 0), W):
-            out_window[b * W + i] = x[b * H + i - (W - H)]
+            out_window[b * W + i] = row[i - (W - H)]
+        for i in range(H):
+            total = row[i] * weight[i * K + K - 1]
+            for k in range(K - 1):
+                total += window[b * W + k * H + i] * weight[i * K + k]
+            row[i] += total
+
+
+# What the kernel is told of a layer: seven sizes, then addresses, 0 for a part that is not there.
+WINDOW, STATE, OUT_WINDOW, OUT_STATE, Q, CONV, RNN_NORM, MLP_NORM = range(7, 15)
+IN_PROJ, GATE_PROJ, OUT_PROJ, UP_PROJ, DOWN_PROJ, FIELDS = range(15, 31, 3)  # each with its scale and bias
 
 
 @functools.cache  # compiled when it is used
-def layer_kernel_of(code: int, columns: int):
-    """The kernel of a cell with so many blocks of `projected`.
+def layers_kernel_of(code: int, columns: int, is_int8: bool):
+    """The kernel of layers of a cell with so many blocks of `projected`, in place of x (B, H)."""
 
-    Sizes, then what comes in, what goes out, and the weights; an address may be anything where the part is missing: no
-    convolution for K = 0, no MLP for M = 0, and flags.
-    """
-
-    @compile_kernel(*[int64] * 10, numba.float64, *[voidptr] * 18)
-    def layer_kernel(
-        H, D, E, P, K, M, has_bias, is_gated, has_mlp_bias, activation, eps,
-        x, window, state, out, out_window, out_state, conv, rnn_norm, in_proj, in_bias, q, gate_proj, out_proj,
-        mlp_norm, up_proj, up_bias, down_proj, down_bias, b_start, b_stop, d_start, d_stop,
-    ):  # fmt: skip
-        B, S, W, wide = b_stop - b_start, D + E, max(K - 1, 0) * H, max(M, D)
-        x, out = floats(x)[b_start * H :], floats(out)[b_start * H :]
-        window, out_window = floats(window)[b_start * W :], floats(out_window)[b_start * W :]
-        state, out_state, q = floats(state)[b_start * S :], floats(out_state)[b_start * S :], floats(q)
-        bias = floats(in_bias)
-        scratch, wide_scratch = allocate(4 * (B * (H + P + D + wide) + 6 * D)), allocate(8 * 3 * D)
-        rows, carries = numba.carray(scratch, (6, D), np.float32), numba.carray(wide_scratch, (3, D), np.float64)
-        carry, L, larger = carries[0], carries[1][:E], carries[2]
-        memory = floats(scratch)[6 * D :]
-        normed, projected = memory[: B * H], memory[B * H : B * (H + P)]
-        read, inner = memory[B * (H + P) : B * (H + P + D)], memory[B * (H + P + D) : B * (H + P + D + wide)]
-
-        if K > 0:
-            convolve(x, window, floats(conv), out, out_window, B, H, K)
+    @compile_kernel(int64, voidptr, numba.float64, voidptr)
+    def layers_kernel(number_of_layers, table, eps, x, b_start, b_stop, d_start, d_stop):
+        table, B = numba.carray(table, ANY_LENGTH, np.int64), b_stop - b_start
+        if is_int8:
+            zero = np.int8(0)
         else:
-            out[: B * H] = x[: B * H]
-        normalize(out, floats(rnn_norm), normed, B, H, eps)
-        product(floats(in_proj), bias, has_bias, normed, projected, B, P, H, False)
-        place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
-        for b in range(B):
-            copy((carry, L), state_at(state, b * S, state, b * S + D, place))
-            after, h = state_at(out_state, b * S, out_state, b * S + D, place), read[b * D : b * D + D]
-            p = blocks_at(code, projected, b * P, D, E, columns, place)
-            if code & RWKV:
-                rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
-            else:
-                forward_row(code, p, of_cell, carry, L, h, rows)
-            copy(after, (carry, L))
-        if is_gated:
-            product(floats(gate_proj), bias, False, normed, inner, B, D, H, False)
-            for i in range(B * D):
-                read[i] *= activated(1, inner[i])
-        product(floats(out_proj), bias, False, read, out, B, H, D, True)
-        if M > 0:
-            normalize(out, floats(mlp_norm), normed, B, H, eps)
-            up_bias, down_bias = floats(up_bias), floats(down_bias)
-            up_proj, down_proj = floats(up_proj), floats(down_proj)
-            product(up_proj, up_bias, has_mlp_bias, normed, inner, B, M, H, False)
-            for i in range(B * M):
-                inner[i] = activated(activation, inner[i])
-            product(down_proj, down_bias, has_mlp_bias, inner, out, B, H, M, True)
-        release(scratch)
-        release(wide_scratch)
+            zero = np.float32(0.0)
+        for i in range(number_of_layers):
+            layer = table[i * FIELDS : (i + 1) * FIELDS]
+            H, D, E, P, K, M, activation = layer[0], layer[1], layer[2], layer[3], layer[4], layer[5], layer[6]
+            S, W = D + E, max(K - 1, 0) * H
+            out, q = floats(x)[b_start * H :], floats(pointer(layer[Q]))
+            state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
+            scratch, wide_scratch = allocate(4 * (8 + 6 * D + B * (H + P + D + max(M, D)))), allocate(8 * 3 * D)
+            rows, carries = numba.carray(scratch, (6, D), np.float32), numba.carray(wide_scratch, (3, D), np.float64)
+            carry, L, larger = carries[0], carries[1][:E], carries[2]
+            sums = floats(scratch)[6 * D :]
+            normed = sums[8:]
+            projected = normed[B * H :]
+            read = projected[B * P :]
+            inner = read[B * D :]
 
-    return layer_kernel
+            if K > 0:
+                window, out_window = floats(pointer(layer[WINDOW])), floats(pointer(layer[OUT_WINDOW]))
+                convolve(out, window[b_start * W :], floats(pointer(layer[CONV])), out_window[b_start * W :], B, H, K)
+            normalize(out, floats(pointer(layer[RNN_NORM])), normed, B, H, eps)
+            product(zero, layer[IN_PROJ:], normed, projected, B, P, H, False, sums)
+            place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
+            for b in range(B):
+                start, h = (b_start + b) * S, read[b * D : b * D + D]
+                copy((carry, L), state_at(state, start, state, start + D, place))
+                after = state_at(out_state, start, out_state, start + D, place)
+                p = blocks_at(code, projected, b * P, D, E, columns, place)
+                if code & RWKV:
+                    rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
+                else:
+                    forward_row(code, p, of_cell, carry, L, h, rows)
+                copy(after, (carry, L))
+            if layer[GATE_PROJ]:
+                product(zero, layer[GATE_PROJ:], normed, inner, B, D, H, False, sums)
+                for j in range(B * D):
+                    read[j] *= activated(1, inner[j])
+            product(zero, layer[OUT_PROJ:], read, out, B, H, D, True, sums)
+            if M > 0:
+                normalize(out, floats(pointer(layer[MLP_NORM])), normed, B, H, eps)
+                product(zero, layer[UP_PROJ:], normed, inner, B, M, H, False, sums)
+                for j in range(B * M):
+                    inner[j] = activated(activation, inner[j])
+                product(zero, layer[DOWN_PROJ:], inner, out, B, H, M, True, sums)
+            release(scratch)
+            release(wide_scratch)
+
+    return layers_kernel
 
 
-def decode_layer(layer, hidden_states: Tensor, carried: LayerState) -> tuple[Tensor, Tensor, Tensor, list] | None:
-    """MinRNNDecoderLayer.forward for one token a row, (B, 1, H), without masks and gradients.
+class _NotStock(Exception):
+    """A part of a layer is not as it was made."""
 
-    None where the kernel would not compute what the modules of the layer do: for a cell without gates in `scan_numba`,
-    where a module is not the stock one or has hooks, and for weights that are not dense float32.
+
+def decode_layers(layers, hidden_states: Tensor, cache_layers) -> Tensor | None:
+    """What the layers make of one token a row, (B, 1, H), without masks and gradients; their states move on.
+
+    None, and nothing has changed, where the kernel would not compute what the modules of all layers do: for a cell
+    without gates in `scan_numba`, where a module is not the stock one or has hooks, and for weights that are neither
+    dense float32 nor torchao's eight-bit integers with a scale a row.
     """
-    rnn, mlp, (B, _, H) = layer.rnn, layer._modules.get("mlp"), hidden_states.shape
-    if type(rnn) is not MinRNNRecurrence or not (mlp is None or type(mlp) is MinRNNMLP):
+    try:
+        told = [_told(layer, cache_layer.read(), hidden_states) for layer, cache_layer in zip(layers, cache_layers)]
+    except _NotStock:
         return None
-    cell, D, code = rnn.cell, rnn.state_size, code_of(rnn.cell)
-    P, activation = sum(cell.blocks(D)), 0 if mlp is None else ACTIVATIONS.get(type(mlp.act_fn), -1)
-    weights = _stock_weights(layer, H, D, P) if code >= 0 and activation >= 0 else None
-    if weights is None:
-        return None
-    conv, _, _, in_bias, gate_proj, _, _, up_proj, up_bias, *_ = weights
-    state = dense(carried.state_or(rnn.start(hidden_states).expand(B, -1)))
-    window = dense(carried.window_or(hidden_states.new_zeros(B, layer.window_size, H)))
-    out, out_window, out_state = (torch.empty_like(x, dtype=torch.float32) for x in (hidden_states, window, state))
-    q = state  # not read
-    if cell.parameter_names:
-        q = dense(derived(cell, rnn.parameters_of_cell(hidden_states.new_empty(0, P))))
-    sizes = H, D, state.shape[1] - D, P, 0 if conv is None else conv.shape[1], 0 if up_proj is None else len(up_proj)
-    arguments = (
-        *sizes, in_bias is not None, gate_proj is not None, up_bias is not None, activation, layer.rnn_norm.eps,
-        dense(hidden_states), window, state, out, out_window, out_state, *weights[:4], q, *weights[4:],
-    )  # fmt: skip
-    run(layer_kernel_of(code, len(cell.blocks(D))), arguments, B, 1)
-    return out, out_state, out_window, [(out_state, out_window)] if carried.record_past else []
+    out = hidden_states.clone(memory_format=torch.contiguous_format)
+    for (kernel, eps), group in itertools.groupby(told, lambda each: each[:2]):
+        numbers = [each[2] for each in group]
+        table = array.array("q", itertools.chain(*numbers))
+        run(layers_kernel_of(*kernel), (len(numbers), table.buffer_info()[0], eps, out), len(out), 1)
+    for cache_layer, (_, _, _, left, _) in zip(cache_layers, told):
+        cache_layer.update(*left)
+    return out
 
 
-def _stock_weights(layer, H: int, D: int, P: int) -> list[Tensor | None] | None:
-    """The weights in the order of the kernel, None for each that is not there; or None, if a module is not as made."""
+def _told(layer, carried: LayerState, hidden_states: Tensor) -> tuple:
+    """What `layers_kernel_of` is given and eps; what the kernel is told; what it leaves for the cache; what it reads.
+
+    Raises _NotStock.
+    """
+    B, _, H = hidden_states.shape
     # By the dictionaries behind the attributes, which nn.Module looks up at five times the price.
-    parts, of_rnn = layer._modules, layer._modules["rnn"]._modules
-    mlp = parts.get("mlp")
-    of_mlp = {} if mlp is None else mlp._modules
-    up_proj, act_fn = of_mlp.get("up_proj"), of_mlp.get("act_fn")
-    up_weight = None if up_proj is None else up_proj._parameters.get("weight")
-    M = 0 if up_weight is None else len(up_weight)
-    table: list[tuple[nn.Module | None, type, dict[str, tuple]]] = [
-        (layer, MinRNNDecoderLayer, {}),
-        (parts["rnn"], MinRNNRecurrence, {}),
-        (mlp, MinRNNMLP, {}),
-        (act_fn, type(act_fn), {}),
-        (parts.get("conv"), MinRNNCausalConv, {"weight": (H, layer.window_size + 1)}),
-        (parts["rnn_norm"], nn.RMSNorm, {"weight": (H,)}),
-        (of_rnn["in_proj"], nn.Linear, {"weight": (P, H), "bias": (P,)}),
-        (of_rnn.get("gate_proj"), nn.Linear, {"weight": (D, H)}),
-        (of_rnn["out_proj"], nn.Linear, {"weight": (H, D)}),
-        (parts.get("mlp_norm"), nn.RMSNorm, {"weight": (H,)}),
-        (up_proj, nn.Linear, {"weight": (M, H), "bias": (M,)}),
-        (of_mlp.get("down_proj"), nn.Linear, {"weight": (H, M), "bias": (H,)}),
+    parts = _stock(layer, MinRNNDecoderLayer)._modules
+    rnn, mlp, K = _stock(parts["rnn"], MinRNNRecurrence), parts.get("mlp"), layer.window_size + 1
+    (code, blocks, E), D, of_rnn = _of_cell(rnn.cell, rnn.state_size), rnn.state_size, rnn._modules
+    (rnn_norm, eps), nothing = _norm(parts["rnn_norm"], H), (0, 0, 0)
+    conv, mlp_norm, up_proj, down_proj, activation, M = 0, 0, nothing, nothing, 0, 0
+    if code < 0 or eps is None:
+        raise _NotStock
+    if "conv" in parts:
+        conv = _address(_stock(parts["conv"], MinRNNCausalConv)._parameters["weight"], (H, K))
+    if mlp is not None:
+        of_mlp = _stock(mlp, MinRNNMLP)._modules
+        activation = ACTIVATIONS.get(type(_stock(of_mlp["act_fn"])), -1)
+        mlp_norm, its_eps = _norm(parts["mlp_norm"], H)
+        if activation < 0 or its_eps != eps:
+            raise _NotStock
+        M = getattr(of_mlp["up_proj"], "out_features", 0)
+        up_proj, down_proj = _linear(of_mlp["up_proj"], M, H), _linear(of_mlp["down_proj"], H, M)
+    P, gate_proj = sum(blocks), of_rnn.get("gate_proj")
+    projections = [
+        _linear(of_rnn["in_proj"], P, H),
+        nothing if gate_proj is None else _linear(gate_proj, D, H),
+        _linear(of_rnn["out_proj"], H, D),
+        up_proj,
+        down_proj,
     ]
-    weights: list[Tensor | None] = []
-    for module, kind, shapes in table:
-        if module is None:
-            weights += [None] * len(shapes)
-            continue
-        if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return None
-        parameters = module._parameters
-        if shapes and ("weight" not in parameters or (parameters.get("bias") is not None and "bias" not in shapes)):
-            return None
-        for name, shape in shapes.items():
-            weight = parameters[name]
-            if weight is not None or name == "weight":
-                if type(weight) is not nn.Parameter or weight.dtype != torch.float32:
-                    return None
-                if weight.shape != shape or not weight.is_contiguous():
-                    return None
-            weights.append(weight)
-    up_bias, down_bias = weights[-3], weights[-1]
-    eps = layer.rnn_norm.eps
-    norms_differ = mlp is not None and layer.mlp_norm.eps != eps
-    if eps is None or norms_differ or (up_bias is None) != (down_bias is None):
-        return None
-    return weights
+    is_int8 = projections[0][1] != 0
+    if any((scale != 0) != is_int8 for weight, scale, _ in projections if weight):
+        raise _NotStock
+    state, window = _kept(carried, (B, D + E), (B, K - 1, H))
+    if state is None or window is None:
+        state = dense(carried.state_or(rnn.start(hidden_states).expand(B, -1)))
+        window = dense(carried.window_or(hidden_states.new_zeros(B, K - 1, H)))
+    q = state  # not read
+    if rnn.cell.parameter_names:
+        q = dense(derived(rnn.cell, rnn.parameters_of_cell(hidden_states.new_empty(0, P))))
+    left = torch.empty_like(state), torch.empty_like(window)
+    addresses = [tensor.data_ptr() for tensor in (window, state, left[1], left[0], q)]
+    sizes = H, D, E, P, K if conv else 0, M, activation
+    told = [*sizes, *addresses, conv, rnn_norm, mlp_norm, *itertools.chain(*projections)]
+    return (code, len(blocks), is_int8), eps, told, (*left, [left] if carried.record_past else []), (state, window, q)
+
+
+def _kept(carried: LayerState, of_state: tuple[int, ...], of_window: tuple[int, ...]) -> tuple:
+    """State and window where the kernel may read them as they are, which as a rule it may; or (None, None)."""
+    state, window, seen = carried.state, carried.window, carried.seen
+    goes_on = type(seen) is int and seen > 0 and state is not None and window is not None
+    if goes_on and _is_dense(state, of_state) and _is_dense(window, of_window):
+        return state, window
+    return None, None
+
+
+@functools.cache
+def _of_cell(cell, D: int) -> tuple[int, tuple[int, ...], int]:
+    """Its code, -1 for a cell that has none, the blocks of `projected`, and the number of log-sums."""
+    return code_of(cell), cell.blocks(D), cell.log_sums(D)
+
+
+def _stock(module, kind=None):
+    """The module, if it is of no other class and computes what the class says."""
+    own = module.__dict__
+    if (kind and type(module) is not kind) or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        raise _NotStock
+    return module
+
+
+def _is_dense(tensor, shape: tuple[int, ...], dtype=torch.float32) -> bool:
+    return tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.is_cpu
+
+
+def _address(tensor, shape: tuple[int, ...], dtype=torch.float32, kind=nn.Parameter) -> int:
+    if type(tensor) is not kind or not _is_dense(tensor, shape, dtype):
+        raise _NotStock
+    return tensor.data_ptr()
+
+
+def _norm(module, H: int) -> tuple[int, float | None]:
+    return _address(_stock(module, nn.RMSNorm)._parameters["weight"], (H,)), module.eps
+
+
+def _linear(module, n: int, k: int) -> tuple[int, int, int]:
+    """The addresses of weight (n, k), of its scale and of the bias, 0 for what there is not."""
+    parameters = _stock(module, nn.Linear)._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    of_bias = 0 if bias is None else _address(bias, (n,))
+    if type(weight).__name__ != "Int8Tensor":
+        return _address(weight, (n, k)), 0, of_bias
+    # torchao's; with activations that are rounded, too, or a scale of another shape it is not for weights alone.
+    if weight.block_size != [1, k] or weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+        raise _NotStock
+    return _address(weight.qdata, (n, k), torch.int8, Tensor), _address(weight.scale, (n, 1), kind=Tensor), of_bias

@@ -458,28 +458,27 @@ class MinRNNModel(MinRNNPreTrainedModel):
         if group is not None and past_key_values is not None:  # of all ranks
             num_tokens = int(all_gather(torch.tensor([T], device=hidden_states.device), group).sum())
         reverse_masks = masks.reversed(self.config.conv_kernel_size) if self.config.bidirectional else None
-        decode_layer = None
         if T == 1 and past_key_values is not None and masks.padding is None and masks.reset is None and group is None:
-            decode_layer = self._decoder(hidden_states)
+            decode_layers = self._decoder(hidden_states)
+            decoded = None if decode_layers is None else decode_layers(layers, hidden_states, past_key_values.layers)
+            if decoded is not None:
+                return decoded
         for i, layer in enumerate(layers):
             cache_layer = None if past_key_values is None else past_key_values.layers[i]
             carried = None if cache_layer is None else cache_layer.read()
-            left = None if decode_layer is None else decode_layer(layer, hidden_states, carried)
-            if left is None:
-                left = layer(
-                    hidden_states,
-                    masks,
-                    carried=carried,
-                    reverse_masks=reverse_masks,
-                    context_parallel_group=group,
-                )
-            hidden_states, *left = left
+            hidden_states, *left = layer(
+                hidden_states,
+                masks,
+                carried=carried,
+                reverse_masks=reverse_masks,
+                context_parallel_group=group,
+            )
             if cache_layer is not None:
                 cache_layer.update(*left, num_tokens=num_tokens)
         return hidden_states
 
     def _decoder(self, hidden_states: Tensor) -> Callable | None:
-        """`decode_numba.decode_layer` where kernels may stand for layers: no compiling, tracing or differentiating."""
+        """`decode_layers` where a kernel may stand for the layers: no compiling, tracing or differentiating."""
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
@@ -495,9 +494,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
             or torch.nn.modules.module._has_any_global_hook()
         ):
             return None
-        from .decode_numba import decode_layer
+        from .decode_numba import decode_layers
 
-        return decode_layer
+        return decode_layers
 
     def _check_state(self, use_cache, past_key_values, context_parallel_group, num_layers) -> None:
         """Raise ValueError for a state, or processes, that this model cannot continue with."""

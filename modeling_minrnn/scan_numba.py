@@ -147,16 +147,19 @@ def release(typing_context, address):
     return void(voidptr), generate
 
 
+def fetch_line(builder, address):
+    """Fetch the cache line at an address, which need not be a valid one, while other work goes on."""
+    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # To read, keep in all caches, data.
+    builder.call(function, [builder.inttoptr(address, pointer), number(0), number(3), number(1)])
+
+
 @intrinsic
 def prefetch_line(typing_context, address):
-    """Fetch the cache line at an address, which need not be a valid one, while other work goes on."""
-
     def generate(context, builder, signature, arguments):
-        number = ir.IntType(32)
-        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
-        function = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, number(0), number(3), number(1)])  # to read, keep in all caches, data
+        fetch_line(builder, arguments[0])
         return context.get_dummy_value()
 
     return void(address), generate

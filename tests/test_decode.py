@@ -22,7 +22,7 @@ SHAPES = {
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many layers were decoded by a kernel."""
+    """A number for each call of a kernel, which decodes all layers of one cell that follow each other."""
     calls = []
     run = decode_numba.run
     monkeypatch.setattr(decode_numba, "run", lambda *arguments: (calls.append(1), run(*arguments)))
@@ -33,6 +33,12 @@ def model_of(cell, **fields):
     options = {name: getattr(cell, name) for name in cell.__dataclass_fields__ if name != "spec"}
     size = {"hidden_size": 14, "expansion_factor": 2}
     return small_model(cell.name, **size | options | fields)
+
+
+def quantised(model, scheme="Int8WeightOnlyConfig", **options):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(model.model.layers, getattr(torchao, scheme)(**options))
+    return model
 
 
 def two_steps(model, ids, kind=DynamicCache, **options):
@@ -56,7 +62,7 @@ def test_a_step_by_kernels_is_that_of_the_modules_for_every_cell_and_batch(cell,
     model = model_of(cell, max_timescale=30 if cell.remembers_by else None)
     ids = random_ids(rows, 7)
     found, expected = two_steps(model, ids), by_modules(model, ids)
-    assert len(decoded) == 2 * len(model.model.layers)
+    assert len(decoded) == 2
     for x, y in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
         assert x.dtype == y.dtype
         assert_close(x, y)
@@ -73,6 +79,39 @@ def test_every_part_of_a_layer_is_computed(shape, static, decoded):
         assert_close(x, y)
 
 
+@pytest.mark.parametrize("cell", [CASES[name] for name in ("mingru", "rwkv4")], ids=lambda cell: cell.spec)
+def test_eight_bit_weights_decode_as_the_modules_have_them(cell, decoded):
+    model = quantised(model_of(cell, hidden_size=13, output_gate=True, mlp_bias=True))
+    for rows in (1, 3):
+        found, expected = two_steps(model, random_ids(rows, 7)), by_modules(model, random_ids(rows, 7))
+        for x, y in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+            assert_close(x, y)
+    assert len(decoded) == 4
+
+
+@pytest.mark.parametrize("change", [lambda model: model, quantised], ids=["float32", "int8"])
+def test_a_row_does_not_depend_on_the_others_of_its_batch_to_the_last_bit(change, decoded):
+    model, ids = change(model_of(CASES["minlstm"], hidden_size=37)), random_ids(9, 7)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+        alone = [copy.deepcopy(cache) for _ in ids]
+        for i, each in enumerate(alone):
+            each.batch_select_indices(torch.tensor([i]))
+        embedded = model.model.embed_tokens(ids[:, 5:6])
+        for rows in (2, 3, 8, 9):
+            together = copy.deepcopy(cache)
+            together.batch_select_indices(torch.arange(rows))
+            found = model.model(inputs_embeds=embedded[:rows], past_key_values=together).last_hidden_state
+            for i in range(rows):
+                one = copy.deepcopy(alone[i])
+                expected = model.model(inputs_embeds=embedded[i : i + 1], past_key_values=one).last_hidden_state
+                assert torch.equal(found[i : i + 1], expected), (rows, i)
+                for x, y in zip(together.layers, one.layers):
+                    assert torch.equal(x.keys[i : i + 1], y.keys) and torch.equal(x.values[i : i + 1], y.values)
+    assert decoded
+
+
 def test_a_changed_weight_is_seen(decoded):
     model, ids = small_model(), random_ids(1, 7)
     two_steps(model, ids)
@@ -82,12 +121,13 @@ def test_a_changed_weight_is_seen(decoded):
         lambda: model.model.layers[0].rnn.in_proj.weight.data.mul_(2),
         lambda: setattr(model.model.layers[1].mlp, "up_proj", torch.nn.Linear(14, 56, bias=False)),
         lambda: setattr(model.model.layers[1].rnn_norm, "weight", torch.nn.Parameter(torch.rand(14))),
+        lambda: setattr(model.model.layers[0].rnn, "out_proj", torch.nn.Linear(model.config.state_size, 14)),
     ):
         before = two_steps(model, ids)[0]
         change()
         assert_close(two_steps(model, ids)[0], by_modules(model, ids)[0])
         assert not torch.equal(before, two_steps(model, ids)[0])
-    assert len(decoded) % 4 == 0 and len(decoded) >= 4 * 9
+    assert len(decoded) == 2 * (1 + 3 * 5)
 
 
 def adapted(model):
@@ -96,9 +136,19 @@ def adapted(model):
     return model.eval()
 
 
-def quantised(model):
-    torchao = pytest.importorskip("torchao.quantization")
-    torchao.quantize_(model.model.layers, torchao.Int8WeightOnlyConfig())
+def quantised_with_its_activations(model):
+    return quantised(model, "Int8DynamicActivationInt8WeightConfig")
+
+
+def quantised_by_groups(model):
+    granularity = pytest.importorskip("torchao.quantization").PerGroup(7)
+    return quantised(model, granularity=granularity)
+
+
+def quantised_in_part(model):
+    quantised(model)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = torch.nn.Linear(14, 56)
     return model
 
 
@@ -122,13 +172,6 @@ def of_two_dtypes(model):
         layer.mlp.double()
         layer.mlp.register_forward_pre_hook(lambda module, arguments: (arguments[0].double(),))
         layer.mlp.register_forward_hook(lambda module, arguments, output: output.float())
-    return model
-
-
-def biased(model):
-    for layer in model.model.layers:
-        layer.rnn.out_proj = torch.nn.Linear(layer.rnn.state_size, 14)
-        layer.mlp.up_proj = torch.nn.Linear(14, 56)
     return model
 
 
@@ -170,6 +213,12 @@ def projection_replaced(model):
     return model
 
 
+def norm_replaced(model):
+    for layer in model.model.layers:
+        layer.rnn_norm = Twice(layer.rnn_norm)
+    return model
+
+
 def of_unstated_eps(model):
     for layer in model.model.layers:
         layer.rnn_norm.eps = layer.mlp_norm.eps = None
@@ -177,8 +226,9 @@ def of_unstated_eps(model):
 
 
 CHANGES = [
-    replaced, projection_replaced, of_unstated_eps, adapted, quantised, hooked, another_forward, of_two_dtypes, biased,
-    of_another_width, without_weights, cpu_offload,
+    replaced, projection_replaced, norm_replaced, of_unstated_eps, adapted, quantised_with_its_activations,
+    quantised_by_groups, quantised_in_part, hooked, another_forward, of_two_dtypes, of_another_width, without_weights,
+    cpu_offload,
 ]  # fmt: skip
 
 
