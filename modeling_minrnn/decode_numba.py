@@ -25,6 +25,7 @@ from .scan_numba import (
     RWKV,
     allocate,
     blocks_at,
+    clear,
     code_of,
     compile_kernel,
     copy,
@@ -190,8 +191,8 @@ one_row, eight_rows, four_by_two = tile_of(1, 1), tile_of(8, 1), tile_of(4, 2)
 
 
 @numba.njit(**OPTIONS)
-def product(zero, projection, x, y, B, n, k, accumulates, sums):
-    """y (B, n) = x (B, k) @ weight (n, k).T * scale (n,) + bias (n,), or that added to y.
+def product(zero, projection, x, y, B, n, k, sums):
+    """y (B, n) += x (B, k) @ weight (n, k).T * scale (n,) + bias (n,).
 
     projection: the addresses of weight, scale and bias; there is a scale for integers, and need not be a bias.
     """
@@ -215,7 +216,7 @@ def product(zero, projection, x, y, B, n, k, accumulates, sums):
                         total *= scale[i + c]
                     if biased:
                         total += bias[i + c]
-                    y[at] = total + y[at] if accumulates else total
+                    y[at] += total
 
 
 @numba.njit
@@ -223,15 +224,13 @@ def convolve(x, window, weight, out_window, B, H, K):
     """x += conv(x), and the window after the token; weight: (H, K)."""
     W = (K - 1) * H
     for b in range(B):
-        row = x[b * H : b * H + H]
-        for i in range(W - H):
-            out_window[b * W + i] = window[b * W + H + i]
-        for i in range(max(W - H, 0), W):
-            out_window[b * W + i] = row[i - (W - H)]
+        row, before, after = x[b * H : b * H + H], window[b * W : b * W + W], out_window[b * W : b * W + W]
+        for i in range(W):
+            after[i] = before[i + H] if i + H < W else row[i + H - W]
         for i in range(H):
             total = row[i] * weight[i * K + K - 1]
             for k in range(K - 1):
-                total += window[b * W + k * H + i] * weight[i * K + k]
+                total += before[k * H + i] * weight[i * K + k]
             row[i] += total
 
 
@@ -270,7 +269,8 @@ def layers_kernel_of(code: int, columns: int, is_int8: bool):
                 window, out_window = floats(pointer(layer[WINDOW])), floats(pointer(layer[OUT_WINDOW]))
                 convolve(out, window[b_start * W :], floats(pointer(layer[CONV])), out_window[b_start * W :], B, H, K)
             normalize(out, floats(pointer(layer[RNN_NORM])), normed, B, H, eps)
-            product(zero, layer[IN_PROJ:], normed, projected, B, P, H, False, sums)
+            clear((projected[: B * P], inner[: B * max(M, D)]))
+            product(zero, layer[IN_PROJ:], normed, projected, B, P, H, sums)
             place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
             for b in range(B):
                 start, h = (b_start + b) * S, read[b * D : b * D + D]
@@ -283,16 +283,17 @@ def layers_kernel_of(code: int, columns: int, is_int8: bool):
                     forward_row(code, p, of_cell, carry, L, h, rows)
                 copy(after, (carry, L))
             if layer[GATE_PROJ]:
-                product(zero, layer[GATE_PROJ:], normed, inner, B, D, H, False, sums)
+                product(zero, layer[GATE_PROJ:], normed, inner, B, D, H, sums)
                 for j in range(B * D):
-                    read[j] *= activated(1, inner[j])
-            product(zero, layer[OUT_PROJ:], read, out, B, H, D, True, sums)
+                    read[j] *= inner[j] * sigmoids(inner[j])[0]
+                    inner[j] = 0.0
+            product(zero, layer[OUT_PROJ:], read, out, B, H, D, sums)
             if M > 0:
                 normalize(out, floats(pointer(layer[MLP_NORM])), normed, B, H, eps)
-                product(zero, layer[UP_PROJ:], normed, inner, B, M, H, False, sums)
+                product(zero, layer[UP_PROJ:], normed, inner, B, M, H, sums)
                 for j in range(B * M):
                     inner[j] = activated(activation, inner[j])
-                product(zero, layer[DOWN_PROJ:], inner, out, B, H, M, True, sums)
+                product(zero, layer[DOWN_PROJ:], inner, out, B, H, M, sums)
             release(scratch)
             release(wide_scratch)
 

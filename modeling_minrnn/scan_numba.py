@@ -39,43 +39,47 @@ scalar = numba.njit(forceinline=True, **OPTIONS)
 
 
 def compile_kernel(*argument_types):
-    """Compile to a C function of these arguments and (b_start, b_stop, d_start, d_stop), kept on disk between
-    processes where numba finds a folder that it can write. A file there that a crash has damaged is replaced.
+    """A function that compiles once: a C function of these arguments and (b_start, b_stop, d_start, d_stop), kept on
+    disk between processes where numba finds a folder that it can write. A file there that a crash damaged is replaced.
 
     Arrays come as addresses: slicing an array that Python owns costs two atomic operations, as much as a short row.
     """
     signature = void(*argument_types, int64, int64, int64, int64)
 
-    def compile(function):
-        kept = numba.cfunc(signature, cache=True, **OPTIONS)
-        try:
-            return kept(function).ctypes
-        except (RuntimeError, OSError):  # no folder for the cache, or no room in it
-            pass
-        except Exception:  # pickle's, of any kind
-            with suppress(RuntimeError, OSError):
-                FunctionCache(function).flush()
+    def compile_later(function):
+        @functools.cache  # when it is used: compiling takes seconds
+        def compile():
+            kept = numba.cfunc(signature, cache=True, **OPTIONS)
+            try:
                 return kept(function).ctypes
-        return numba.cfunc(signature, **OPTIONS)(function).ctypes
+            except (RuntimeError, OSError):  # no folder for the cache, or no room in it
+                pass
+            except Exception:  # pickle's, of any kind
+                with suppress(RuntimeError, OSError):
+                    FunctionCache(function).flush()
+                    return kept(function).ctypes
+            return numba.cfunc(signature, **OPTIONS)(function).ctypes
 
-    return compile
+        return compile
+
+    return compile_later
 
 
 ANY_LENGTH = 1 << 60
 
 
-@numba.njit(inline="always")
+@scalar
 def floats(address):
     """The float32 array at an address; its length is not known, and not needed for what is sliced from it."""
     return numba.carray(address, ANY_LENGTH, np.float32)
 
 
-@numba.njit(inline="always")
+@scalar
 def doubles(address):
     return numba.carray(address, ANY_LENGTH, np.float64)
 
 
-@numba.njit(inline="always")
+@scalar
 def flags(address):
     return numba.carray(address, ANY_LENGTH, np.uint8)
 
@@ -120,7 +124,8 @@ def pass_over(code, carry, d_after, d_out, d_p):
     """What `backward_row` does of padding: nothing comes of its projections."""
     add(carry, d_after)
     if code & RWKV:
-        carry[0][:] += d_out
+        for d in range(len(d_out)):
+            carry[0][d] += d_out[d]
     clear(d_p)
 
 
@@ -374,7 +379,7 @@ def fuses(cell: Cell) -> bool:
     return code_of(cell) >= 0
 
 
-@scalar
+@numba.njit(inline="always")
 def gates(code, p0, p1, p2, q, is_first):
     if code == SIGNED:
         return signed_gates(p0, p1, p2)
@@ -387,7 +392,7 @@ def gates(code, p0, p1, p2, q, is_first):
     return mingru_gates(p0, p1, code & LINEAR)
 
 
-@scalar
+@numba.njit(inline="always")
 def pull_back(code, p0, p1, p2, q, is_first, share, spared0, spared1, h, d):
     """The gradients of p0, p1, p2 and q, from h before the token and the gradient d of h after it."""
     zero = np.float32(0.0)
@@ -568,7 +573,8 @@ def forward_kernel_of(code: int, columns: int):
                     copy((carry, L), state_at(reset_state, 0, reset_state, D, place))
                 if paddings and padding_mask[row]:
                     copy(after, (carry, L))
-                    out[:] = after[0]
+                    for d in range(width):  # `out[:] = after[0]` would compile, for seconds, the text of an error
+                        out[d] = after[0][d]
                     continue
                 p = blocks_at(code, projected, b * stride_b + t * stride_t, D, E, columns, place)
                 if code & RWKV:
@@ -673,14 +679,15 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 
 def run(kernel, arguments, B, D, unit=16):
-    """Call kernel(*arguments, b_start, b_stop, d_start, d_stop) over all rows and columns, on torch's thread count.
+    """Call kernel()(*arguments, b_start, b_stop, d_start, d_stop) over all rows and columns, on torch's thread count.
 
     unit: columns that stay together; by default a cache line.
     """
     global _pool
+    compiled = kernel()
 
     def call(part):  # holds the tensors of `arguments` for as long as the kernel has their addresses
-        kernel(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments), *part)
+        compiled(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments), *part)
 
     threads = torch.get_num_threads()
     if B >= threads:

@@ -195,7 +195,7 @@ def use_kernel(tmp_path, monkeypatch):
 
     def use_kernel():
         result = torch.zeros(1)
-        scan_numba.compile_kernel(scan_numba.voidptr)(number_of_rows)(result.data_ptr(), 2, 5, 0, 1)
+        scan_numba.compile_kernel(scan_numba.voidptr)(number_of_rows)()(result.data_ptr(), 2, 5, 0, 1)
         assert result == 3
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
 
