@@ -3,10 +3,16 @@
 Timed: seconds a token of greedy `model.generate` at batch 1 after prompts of 16, 1024 and 8192 tokens, from the first
 new token to the last; prefill (prompt to first token) is reported apart. Contenders:
     minrnn       MinRNNForCausalLM, 6 layers, width 384, vocabulary 256, otherwise default
-    bare         the same model and cache in a loop of forward and argmax, without generate
+    int8         the same, loaded with the weights of its projections in eight bits (torchao's Int8WeightOnlyConfig)
+    bare         minrnn and its cache in a loop of forward and argmax, without generate; after the shortest prompt
+    small, bare  4 layers of width 128 in generate and in that loop, after the shortest prompt
     llama, gpt2  from transformers, sdpa attention, equal parameter counts (within 3 %)
-Before timing, the tokens of generate are compared with those of the bare loop and with those of use_cache=False.
+    ctranslate2  that gpt2 in CTranslate2, in float32 and int8, where it is installed (engines.py)
+and minrnn and int8 at batches of 8 and 64, after the shortest prompt.
+Before timing, the tokens of generate are compared with those of the bare loop and with those of use_cache=False, those
+of CTranslate2 in float32 with gpt2's.
 
+over_reading: the time a token over that of adding up all weights once in the same rounds, by torch's sum.
 state_bytes: memory of the cache's tensors at the end, for the one sequence.
 
 Where there is a GPU: 12 layers, width 768, vocabulary 50304 in bf16 with cache_implementation="static", which
@@ -14,22 +20,30 @@ transformers compiles in mode reduce-overhead (CUDA graphs). over_weights is the
 weights once at the bandwidth of a copy (benchmarks/gpu.py), the least that a step at batch 1 can take; recompiles
 counts what was compiled again after the first generation.
 
-Targets: minrnn <= 1.3x the time a token of bare; minrnn after 8192 tokens <= 1.05x its time a token after 16.
+Targets: minrnn <= 1.3x the time a token of bare and of reading, and after 8192 tokens <= 1.05x its time after 16; int8
+<= 1.5 ms; 1000 tokens/s in batches of 8, 2200 of 64; small, bare <= 0.3 ms.
 
     python benchmarks/generate.py [--only mingru] [--rounds 7]
 """
 
+import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 
 import torch
+from engines import engines
 from harness import Bound, Report, interleave, parser
 from models import VOCABULARY, minrnn, transformers_of_equal_size
-from transformers import Cache, PreTrainedModel
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import Cache, PreTrainedModel, TorchAoConfig
 from transformers.generation import BaseStreamer
 
+from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+
 PROMPTS = [16, 1024, 8192]
+BATCHES = {8: 1000, 64: 2200}  # and the tokens/s to reach
 SHORTEST, LONGEST = PROMPTS[0], PROMPTS[-1]
 NEW_TOKENS = 64
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -42,7 +56,10 @@ class Clock(BaseStreamer):
         self.times: list[float] = []
 
     def put(self, value: object) -> None:
-        self.times.append(time.perf_counter())
+        self.tell(time.perf_counter())
+
+    def tell(self, seconds: float) -> None:
+        self.times.append(seconds)
 
     def end(self) -> None:
         pass
@@ -59,6 +76,21 @@ class Clock(BaseStreamer):
 def generate(model: PreTrainedModel, prompt: torch.Tensor, clock: Clock) -> torch.Tensor:
     """New tokens, greedy."""
     return model.generate(prompt, **GREEDY, streamer=clock)[0, prompt.shape[1] :]
+
+
+def by_engine(decode: Callable, prompt: torch.Tensor, clock: Clock) -> torch.Tensor:
+    clock.put(prompt)
+    return decode(prompt, NEW_TOKENS, clock.tell)
+
+
+def seconds_per_step(model: PreTrainedModel, prompt: torch.Tensor) -> float:
+    """Of a batch, which a streamer does not take."""
+    started = time.perf_counter()
+    model.generate(prompt, **GREEDY)
+    all_tokens = time.perf_counter() - started
+    started = time.perf_counter()
+    model.generate(prompt, max_new_tokens=1, do_sample=False)
+    return (all_tokens - (time.perf_counter() - started)) / (NEW_TOKENS - 1)
 
 
 @torch.no_grad()
@@ -90,9 +122,23 @@ def verify_tokens(model: PreTrainedModel, prompt: torch.Tensor) -> None:
         raise RuntimeError(f"the cache changes the tokens after {prompt.shape[1]} tokens; not timed")
 
 
+def in_eight_bits(model: PreTrainedModel) -> PreTrainedModel:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+        return MinRNNForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def small_model(cell_type: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    size = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 4}
+    return MinRNNForCausalLM(MinRNNConfig(cell_type=cell_type, **size))
+
+
 def measure(report: Report, cell_type: str) -> None:
     model = minrnn(cell_type)
-    models = {"minrnn": model, **transformers_of_equal_size(model, positions=LONGEST + NEW_TOKENS)}
+    others = transformers_of_equal_size(model, positions=LONGEST + NEW_TOKENS)
+    models = {"minrnn": model, "int8": in_eight_bits(model), "small": small_model(cell_type), **others}
     generator = torch.Generator().manual_seed(0)
     prompts = {length: torch.randint(VOCABULARY, (1, length), generator=generator) for length in PROMPTS}
     for candidate in models.values():
@@ -100,36 +146,78 @@ def measure(report: Report, cell_type: str) -> None:
     for prompt in prompts.values():
         verify_tokens(model, prompt)
 
-    runs = {(name, length): (generate, models[name]) for length in PROMPTS for name in models}
-    runs["bare", SHORTEST] = (bare_loop, model)
+    runs: dict[tuple[str, int], Callable[[torch.Tensor, Clock], torch.Tensor]] = {
+        (name, length): partial(generate, candidate)
+        for length in PROMPTS
+        for name, candidate in models.items()
+        if name != "small" or length == SHORTEST
+    }
+    runs["bare", SHORTEST] = partial(bare_loop, model)
+    runs["small, bare", SHORTEST] = partial(bare_loop, models["small"])
+    for name, decode in engines(others["gpt2"]).items():
+        same = (
+            by_engine(decode, prompts[SHORTEST], Clock())[:8]
+            == generate(others["gpt2"], prompts[SHORTEST], Clock())[:8]
+        )
+        if "float32" in name and not same.all():
+            raise RuntimeError(f"{name} gives other tokens than gpt2; not timed")
+        runs |= {(name, length): partial(by_engine, decode) for length in PROMPTS}
     prefills: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
 
     def sample(run: tuple[str, int]) -> float:
-        decode, candidate = runs[run]
         clock = Clock()
-        decode(candidate, prompts[run[1]], clock)
+        runs[run](prompts[run[1]], clock)
         prefills[run].append(clock.prefill_seconds)
         return clock.seconds_per_token
 
-    samples = interleave({run: partial(sample, run) for run in runs}, report.options.rounds)
-    for run, (_, candidate) in runs.items():
-        name, length = run
-        row = {
-            "cell": cell_type,
-            "prompt": length,
-            "contender": name,
-            "parameters": candidate.num_parameters(),
-            "ms_per_token": 1e3 * samples.seconds(run),
-            "tokens_per_s": 1 / samples.seconds(run),
-            "prefill_ms": 1e3 * median(prefills[run]),
-            "state_bytes": state_bytes(candidate, prompts[length]),
-        }
-        if name != "bare":
-            limit = 1.05 if name == "minrnn" and length == LONGEST else None
-            row[f"over_prompt_{SHORTEST}"] = Bound(samples.ratio(run, (name, SHORTEST)), at_most=limit)
-        if run == ("minrnn", SHORTEST):
-            row["over_bare"] = Bound(samples.ratio(run, ("bare", SHORTEST)), at_most=1.3)
-        report.add(**row)
+    batches = {
+        (name, B): partial(seconds_per_step, models[name], prompts[SHORTEST].expand(B, -1).contiguous())
+        for B in BATCHES
+        for name in ("minrnn", "int8")
+    }
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    def read() -> float:
+        started = time.perf_counter()
+        weights.sum()
+        return time.perf_counter() - started
+
+    samples = interleave(
+        {run: partial(sample, run) for run in runs}
+        | {("batch", *batch): seconds for batch, seconds in batches.items()}
+        | {"read": read},
+        report.options.rounds,
+    )
+    for run in runs:
+        report.add(cell=cell_type, **row_of(run, samples, median(prefills[run]), models, prompts))
+    for (name, B), step in ((batch, samples.seconds(("batch", *batch))) for batch in batches):
+        report.add(
+            cell=cell_type, prompt=SHORTEST, contender=name, batch=B, ms_per_step=1e3 * step,
+            tokens_per_s=Bound(B / step, at_least=BATCHES[B] if name == "minrnn" else None),
+        )  # fmt: skip
+
+
+def row_of(run: tuple[str, int], samples, prefill_seconds: float, models: dict, prompts: dict) -> dict[str, object]:
+    name, length = run
+    candidate = models.get({"bare": "minrnn", "small, bare": "small"}.get(name, name))
+    seconds, limits = samples.seconds(run), {"int8": 1.5, "small, bare": 0.3}
+    row = {
+        "prompt": length,
+        "contender": name,
+        "ms_per_token": Bound(1e3 * seconds, at_most=limits.get(name) if length == SHORTEST else None),
+        "tokens_per_s": 1 / seconds,
+        "prefill_ms": 1e3 * prefill_seconds,
+        "prefill_tokens_per_s": length / prefill_seconds,
+    }
+    if candidate is not None:
+        row |= {"parameters": candidate.num_parameters(), "state_bytes": state_bytes(candidate, prompts[length])}
+    if (name, LONGEST) in samples:
+        limit = 1.05 if name == "minrnn" and length == LONGEST else None
+        row[f"over_prompt_{SHORTEST}"] = Bound(samples.ratio(run, (name, SHORTEST)), at_most=limit)
+    if run == ("minrnn", SHORTEST):
+        row["over_bare"] = Bound(samples.ratio(run, ("bare", SHORTEST)), at_most=1.3)
+        row["over_reading"] = Bound(samples.ratio(run, "read"), at_most=1.3)
+    return row
 
 
 def measure_on_gpu(report: Report, cell_type: str) -> None:

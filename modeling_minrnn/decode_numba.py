@@ -121,7 +121,7 @@ class Tile:
         at, *totals = phis
         builder.cbranch(builder.icmp_signed("<", at, stop), body, after)
         builder.position_at_end(body)
-        if lanes > 1 and len(self.w) > 1:
+        if lanes > 1:
             self.fetch_next(at)
         w, x = ([self.values(row, at, lanes) for row in rows] for rows in (self.w, self.x))
         products = [builder.fmul(a, b, flags=("contract",)) for a in w for b in x]
@@ -187,7 +187,7 @@ def tile_of(W: int, R: int):
     return tile
 
 
-one_row, eight_rows, four_by_two = tile_of(1, 1), tile_of(8, 1), tile_of(4, 2)
+eight_by_one, four_by_two = tile_of(8, 1), tile_of(4, 2)
 
 
 @numba.njit(**OPTIONS)
@@ -199,16 +199,15 @@ def product(zero, projection, x, y, B, n, k, sums):
     weight, x_address, sums_address = projection[0], x.ctypes.data, sums.ctypes.data
     scale, bias = floats(pointer(projection[1])), floats(pointer(projection[2]))
     scaled, biased = projection[1] != 0, projection[2] != 0
-    # A row of float32 is read at the speed of memory; of a row of eight bits the sum would take longer than that.
-    W, R = (4, 2) if B > 1 else (8 if scaled else 1, 1)
+    # Eight sums, as each product waits for the one before it of the same sum: a single one would take longer than to
+    # read the weights.
+    W, R = (4, 2) if B > 1 else (8, 1)
     for i in range(0, n, W):
         for b in range(0, B, R):
             if R == 2:
                 four_by_two(zero, weight, i, n, x_address, b, B, k, sums_address)
-            elif scaled:
-                eight_rows(zero, weight, i, n, x_address, b, B, k, sums_address)
             else:
-                one_row(zero, weight, i, n, x_address, b, B, k, sums_address)
+                eight_by_one(zero, weight, i, n, x_address, b, B, k, sums_address)
             for r in range(min(R, B - b)):
                 for c in range(min(W, n - i)):
                     total, at = sums[c * R + r], (b + r) * n + i + c

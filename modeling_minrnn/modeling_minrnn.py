@@ -609,6 +609,9 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         self._refuse_missing_tokens(kwargs.get("input_ids") if inputs is None else inputs, **kwargs)
         return super().generate(inputs, *args, **kwargs)
 
+    def _prepare_position_ids_for_generation(self, *args) -> None:
+        """None: a prompt is one document, and padding is told by the mask."""
+
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, *args, **kwargs) -> Tensor:
         """Of tokens that come without a mask: transformers assumes one, by the padding token."""
         attention_mask = super()._prepare_attention_mask_for_generation(
@@ -907,6 +910,9 @@ class MinRNNForQuestionAnswering(MinRNNPreTrainedModel):
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
         )
 
+
+# For each token of custom code `generate` asks which arguments it takes.
+MinRNNForCausalLM.forward.__signature__ = inspect.signature(MinRNNForCausalLM.forward)
 
 # Saving a model copies this code beside the weights.
 for _auto_class, _path in AUTO_MAP.items():

@@ -1,0 +1,53 @@
+"""Engines that decode GPT-2 on a CPU without torch, as contenders of generate.py where they are installed
+(`pip install '.[engines]'`): CTranslate2, in float32 and with int8 weights and activations."""
+
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from harness import THREADS
+from models import VOCABULARY
+from transformers import GPT2LMHeadModel
+
+Decode = Callable[
+    [torch.Tensor, int, Callable[[float], None]], torch.Tensor
+]  # prompt, new tokens, clock -> new tokens
+
+
+def engines(gpt2: GPT2LMHeadModel) -> dict[str, Decode]:
+    """By name, what decodes `gpt2` greedily and tells the clock the time of each new token."""
+    if importlib.util.find_spec("ctranslate2") is None:
+        print("ctranslate2 is not installed: no rows of it", file=sys.stderr)
+        return {}
+    import ctranslate2
+    from ctranslate2.converters.transformers import GPT2Loader
+
+    spec = GPT2Loader().get_model_spec(gpt2)
+    spec.register_vocabulary([str(token) for token in range(VOCABULARY)])
+    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = "0"  # it wants them, and uses none here
+    spec.validate()
+    spec.optimize()
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        generators = {
+            kind: ctranslate2.Generator(folder, device="cpu", compute_type=kind, intra_threads=THREADS)
+            for kind in ("float32", "int8")
+        }
+    return {f"ctranslate2 gpt2 {kind}": partial(_ctranslate2, generator) for kind, generator in generators.items()}
+
+
+def _ctranslate2(generator: Any, prompt: torch.Tensor, new_tokens: int, tell: Callable[[float], None]) -> torch.Tensor:
+    [result] = generator.generate_batch(
+        [[str(token) for token in prompt[0].tolist()]],
+        max_length=new_tokens,
+        min_length=new_tokens,  # whatever token 0 means
+        sampling_topk=1,
+        include_prompt_in_result=False,
+        callback=lambda step: tell(time.perf_counter()),  # None: go on
+    )
+    return torch.tensor(result.sequences_ids[0])
