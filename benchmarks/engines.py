@@ -1,5 +1,5 @@
-"""Engines that decode GPT-2 on a CPU without torch, as contenders of generate.py where they are installed
-(`pip install '.[engines]'`): CTranslate2, in float32 and with int8 weights and activations."""
+"""What decodes on a CPU without torch, as contenders of generate.py: GPT-2 in CTranslate2, in float32 and with int8
+weights and activations, where it is installed (`pip install '.[engines]'`); and our own models in onnxruntime."""
 
 import importlib.util
 import sys
@@ -9,14 +9,47 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import torch
-from harness import THREADS
+from harness import THREADS, relative_error
 from models import VOCABULARY
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
+
+from modeling_minrnn.export import export_onnx
 
 Decode = Callable[
     [torch.Tensor, int, Callable[[float], None]], torch.Tensor
 ]  # prompt, new tokens, clock -> new tokens
+
+
+def onnx(model: PreTrainedModel, int8: bool, prompts: torch.Tensor) -> tuple[Decode, float]:
+    """What decodes an exported model greedily, and the relative error of its logits after `prompts`."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(model, folder, int8)
+        prefill, decode = (
+            onnxruntime.InferenceSession(f"{folder}/{name}.onnx", options) for name in ("prefill", "decode")
+        )
+    names = [value.name for value in decode.get_inputs()]
+
+    def start(ids: np.ndarray) -> list[np.ndarray]:
+        return prefill.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+
+    def generate(prompt: torch.Tensor, new_tokens: int, tell: Callable[[float], None]) -> torch.Tensor:
+        logits, *state = start(prompt.numpy())
+        tokens = [logits.argmax(-1)]
+        tell(time.perf_counter())
+        while len(tokens) < new_tokens:
+            logits, *state = decode.run(None, dict(zip(names, [tokens[-1][:, None], *state])))
+            tokens.append(logits.argmax(-1))
+            tell(time.perf_counter())
+        return torch.tensor(np.concatenate(tokens))
+
+    with torch.no_grad():
+        wanted = model(prompts, logits_to_keep=1).logits[:, -1]
+    return generate, relative_error([torch.tensor(start(prompts.numpy())[0])], [wanted])
 
 
 def engines(gpt2: GPT2LMHeadModel) -> dict[str, Decode]:

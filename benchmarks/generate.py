@@ -7,11 +7,13 @@ new token to the last; prefill (prompt to first token) is reported apart. Conten
     bare         minrnn and its cache in a loop of forward and argmax, without generate; after the shortest prompt
     small, bare  4 layers of width 128 in generate and in that loop, after the shortest prompt
     llama, gpt2  from transformers, sdpa attention, equal parameter counts (within 3 %)
+    onnx, onnx int8  minrnn as modeling_minrnn.export writes it, the second with int8=True, in onnxruntime
     ctranslate2  that gpt2 in CTranslate2, in float32 and int8, where it is installed (engines.py)
 and minrnn and int8 at batches of 8 and 64, after the shortest prompt.
 Before timing, the tokens of generate are compared with those of the bare loop and with those of use_cache=False, those
-of CTranslate2 in float32 with gpt2's.
+of CTranslate2 and ONNX in float32 with those of the model.
 
+logit_error: relative L2 error of the logits after 64 prompts, where weights are in eight bits.
 over_reading: the time a token over that of adding up all weights once in the same rounds, by torch's sum.
 state_bytes: memory of the cache's tensors at the end, for the one sequence.
 
@@ -33,8 +35,8 @@ from functools import partial
 from statistics import median
 
 import torch
-from engines import engines
-from harness import Bound, Report, interleave, parser
+from engines import engines, onnx
+from harness import Bound, Report, interleave, parser, relative_error
 from models import VOCABULARY, minrnn, transformers_of_equal_size
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import Cache, PreTrainedModel, TorchAoConfig
@@ -154,14 +156,20 @@ def measure(report: Report, cell_type: str) -> None:
     }
     runs["bare", SHORTEST] = partial(bare_loop, model)
     runs["small, bare", SHORTEST] = partial(bare_loop, models["small"])
-    for name, decode in engines(others["gpt2"]).items():
-        same = (
-            by_engine(decode, prompts[SHORTEST], Clock())[:8]
-            == generate(others["gpt2"], prompts[SHORTEST], Clock())[:8]
-        )
-        if "float32" in name and not same.all():
-            raise RuntimeError(f"{name} gives other tokens than gpt2; not timed")
-        runs |= {(name, length): partial(by_engine, decode) for length in PROMPTS}
+    many = torch.randint(VOCABULARY, (64, SHORTEST), generator=generator)
+    with torch.no_grad():
+        in_int8, exact = (models[name](many).logits[:, -1] for name in ("int8", "minrnn"))
+    errors = {"int8": relative_error([in_int8], [exact])}
+    decoders = engines(others["gpt2"])
+    for name in ("onnx", "onnx int8"):
+        decoders[name], errors[name] = onnx(model, "int8" in name, many)
+    originals = {"ctranslate2 gpt2 float32": others["gpt2"], "onnx": model}
+    for name, decode in decoders.items():
+        tokens = by_engine(decode, prompts[SHORTEST], Clock())[:8]
+        if name in originals and not torch.equal(tokens, generate(originals[name], prompts[SHORTEST], Clock())[:8]):
+            raise RuntimeError(f"{name} gives other tokens than the model that it was made of; not timed")
+        lengths = [SHORTEST] if name in errors else PROMPTS
+        runs |= {(name, length): partial(by_engine, decode) for length in lengths}
     prefills: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
 
     def sample(run: tuple[str, int]) -> float:
@@ -189,7 +197,8 @@ def measure(report: Report, cell_type: str) -> None:
         report.options.rounds,
     )
     for run in runs:
-        report.add(cell=cell_type, **row_of(run, samples, median(prefills[run]), models, prompts))
+        row = row_of(run, samples, median(prefills[run]), models, prompts)
+        report.add(cell=cell_type, **row, **({"logit_error": errors[run[0]]} if run[0] in errors else {}))
     for (name, B), step in ((batch, samples.seconds(("batch", *batch))) for batch in batches):
         report.add(
             cell=cell_type, prompt=SHORTEST, contender=name, batch=B, ms_per_step=1e3 * step,

@@ -89,6 +89,25 @@ def test_onnx_files_write_the_same_200_tokens_as_generate(exported):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_onnx_files_in_eight_bits_are_small_and_near(tmp_path):
+    model = small_model(hidden_size=128, num_hidden_layers=2, expansion_factor=1)
+    export_onnx(model, tmp_path / "int8", int8=True)
+    ids = random_ids(2, 63)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -2:]
+    prefill, decode = (InferenceSession(tmp_path / "int8" / f"{name}.onnx") for name in ("prefill", "decode"))
+    start, last = ids[:, :-1].numpy(), ids[:, -1:].numpy()
+    logits, *state = prefill.run(None, {"input_ids": start, "attention_mask": torch.ones(2, 62).long().numpy()})
+    assert_close(torch.tensor(logits), wanted[:, 0], 0.04)  # twice what was seen
+    names = [value.name for value in decode.get_inputs()]
+    logits, *_ = decode.run(None, dict(zip(names, [last, *state])))
+    assert_close(torch.tensor(logits), wanted[:, 1], 0.04)
+    for path in (tmp_path / "int8").glob("*.onnx"):
+        assert path.stat().st_size < 2.5 * model.num_parameters()  # the graph of so small a model has its share
+        onnx.checker.check_model(path, full_check=True)
+        assert {imported.domain for imported in onnx.load(path).opset_import} == {""}
+
+
 def test_onnx_files_need_no_operators_but_those_of_onnx(exported):
     for path in exported[1].glob("*.onnx"):
         onnx.checker.check_model(path, full_check=True)
