@@ -417,7 +417,6 @@ def _linear(module, n: int, k: int) -> tuple[int, int, int]:
     of_bias = 0 if bias is None else _address(bias, (n,))
     if type(weight).__name__ != "Int8Tensor":
         return _address(weight, (n, k)), 0, of_bias
-    # torchao's; with activations that are rounded, too, or a scale of another shape it is not for weights alone.
-    if weight.block_size != [1, k] or weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:  # torchao's, not of weights alone
         raise _NotStock
     return _address(weight.qdata, (n, k), torch.int8, Tensor), _address(weight.scale, (n, 1), kind=Tensor), of_bias
