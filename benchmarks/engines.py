@@ -4,7 +4,6 @@ weights and activations, where it is installed (`pip install '.[engines]'`); and
 import importlib.util
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from harness import THREADS, relative_error
+from harness import THREADS, now, relative_error
 from models import VOCABULARY
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
@@ -40,11 +39,11 @@ def onnx(model: PreTrainedModel, int8: bool, prompts: torch.Tensor) -> tuple[Dec
     def generate(prompt: torch.Tensor, new_tokens: int, tell: Callable[[float], None]) -> torch.Tensor:
         logits, *state = start(prompt.numpy())
         tokens = [logits.argmax(-1)]
-        tell(time.perf_counter())
+        tell(now())
         while len(tokens) < new_tokens:
             logits, *state = decode.run(None, dict(zip(names, [tokens[-1][:, None], *state])))
             tokens.append(logits.argmax(-1))
-            tell(time.perf_counter())
+            tell(now())
         return torch.tensor(np.concatenate(tokens))
 
     with torch.no_grad():
@@ -81,6 +80,6 @@ def _ctranslate2(generator: Any, prompt: torch.Tensor, new_tokens: int, tell: Ca
         min_length=new_tokens,  # whatever token 0 means
         sampling_topk=1,
         include_prompt_in_result=False,
-        callback=lambda step: tell(time.perf_counter()),  # None: go on
+        callback=lambda step: tell(now()),  # None: go on
     )
     return torch.tensor(result.sequences_ids[0])

@@ -39,6 +39,7 @@ from training.precision import emulates_bf16  # noqa: E402
 torch.set_num_threads(THREADS)
 keep_freed_memory()  # for all contenders, as train.py does
 
+now = time.process_time if THREADS == 1 else time.perf_counter  # for what one thread computes: not while others run
 PACKAGES = ("torch", "transformers", "numba", "triton")
 
 
