@@ -1,8 +1,8 @@
 """How fast does `generate` decode on one CPU thread, does the prompt's length matter, and what state does it carry?
 
 Timed, by one thread in seconds of CPU, of which other processes take nothing: a token of greedy `model.generate` at
-batch 1 after prompts of 16, 1024 and 8192 tokens, from the first new token to the last; prefill (prompt to first token)
-is reported apart. Contenders:
+batch 1 after prompts of 16, 1024 and 8192 tokens, from the first new token to the last; prefill (prompt to first
+token) is reported apart. Contenders:
     minrnn       MinRNNForCausalLM, 6 layers, width 384, vocabulary 256, otherwise default
     int8         the same, loaded with the weights of its projections in eight bits (torchao's Int8WeightOnlyConfig)
     bare         minrnn and its cache in a loop of forward and argmax, without generate; after the shortest prompt
