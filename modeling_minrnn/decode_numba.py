@@ -121,7 +121,7 @@ class Tile:
         at, *totals = phis
         builder.cbranch(builder.icmp_signed("<", at, stop), body, after)
         builder.position_at_end(body)
-        if lanes > 1:
+        if lanes > 1 and len(self.w) > 1:
             self.fetch_next(at)
         w, x = ([self.values(row, at, lanes) for row in rows] for rows in (self.w, self.x))
         products = [builder.fmul(a, b, flags=("contract",)) for a in w for b in x]
@@ -187,25 +187,27 @@ def tile_of(W: int, R: int):
     return tile
 
 
-eight_by_one, four_by_two = tile_of(8, 1), tile_of(4, 2)
+one_by_one, eight_by_one, four_by_two = tile_of(1, 1), tile_of(8, 1), tile_of(4, 2)
+IN_CACHE = 1 << 22  # float32 weights of all layers
 
 
 @numba.njit(**OPTIONS)
-def product(zero, projection, x, y, B, n, k, sums):
+def product(zero, projection, x, y, B, n, k, sums, at_once):
     """y (B, n) += x (B, k) @ weight (n, k).T * scale (n,) + bias (n,).
 
     projection: the addresses of weight, scale and bias; there is a scale for integers, and need not be a bias.
+    at_once: rows of the weight for a single x, 1 or 8.
     """
     weight, x_address, sums_address = projection[0], x.ctypes.data, sums.ctypes.data
     scale, bias = floats(pointer(projection[1])), floats(pointer(projection[2]))
     scaled, biased = projection[1] != 0, projection[2] != 0
-    # Eight sums, as each product waits for the one before it of the same sum: a single one would take longer than to
-    # read the weights.
-    W, R = (4, 2) if B > 1 else (8, 1)
+    W, R = (4, 2) if B > 1 else (at_once, 1)
     for i in range(0, n, W):
         for b in range(0, B, R):
             if R == 2:
                 four_by_two(zero, weight, i, n, x_address, b, B, k, sums_address)
+            elif W == 1:
+                one_by_one(zero, weight, i, n, x_address, b, B, k, sums_address)
             else:
                 eight_by_one(zero, weight, i, n, x_address, b, B, k, sums_address)
             for r in range(min(R, B - b)):
@@ -253,6 +255,9 @@ def layers_kernel_of(code: int, columns: int, is_int8: bool):
             layer = table[i * FIELDS : (i + 1) * FIELDS]
             H, D, E, P, K, M, activation = layer[0], layer[1], layer[2], layer[3], layer[4], layer[5], layer[6]
             S, W = D + E, max(K - 1, 0) * H
+            # Memory is read fastest a row at a time. From a cache, or of eight bits, the sum of a row would take longer:
+            # each of its products waits for the one before.
+            at_once = 8 if is_int8 or number_of_layers * H * (P + D + 2 * M) < IN_CACHE else 1
             out, q = floats(x)[b_start * H :], floats(pointer(layer[Q]))
             state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
             scratch, wide_scratch = allocate(4 * (8 + 6 * D + B * (H + P + D + max(M, D)))), allocate(8 * 3 * D)
@@ -269,7 +274,7 @@ def layers_kernel_of(code: int, columns: int, is_int8: bool):
                 convolve(out, window[b_start * W :], floats(pointer(layer[CONV])), out_window[b_start * W :], B, H, K)
             normalize(out, floats(pointer(layer[RNN_NORM])), normed, B, H, eps)
             clear((projected[: B * P], inner[: B * max(M, D)]))
-            product(zero, layer[IN_PROJ:], normed, projected, B, P, H, sums)
+            product(zero, layer[IN_PROJ:], normed, projected, B, P, H, sums, at_once)
             place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
             for b in range(B):
                 start, h = (b_start + b) * S, read[b * D : b * D + D]
@@ -282,17 +287,17 @@ def layers_kernel_of(code: int, columns: int, is_int8: bool):
                     forward_row(code, p, of_cell, carry, L, h, rows)
                 copy(after, (carry, L))
             if layer[GATE_PROJ]:
-                product(zero, layer[GATE_PROJ:], normed, inner, B, D, H, sums)
+                product(zero, layer[GATE_PROJ:], normed, inner, B, D, H, sums, at_once)
                 for j in range(B * D):
                     read[j] *= inner[j] * sigmoids(inner[j])[0]
                     inner[j] = 0.0
-            product(zero, layer[OUT_PROJ:], read, out, B, H, D, sums)
+            product(zero, layer[OUT_PROJ:], read, out, B, H, D, sums, at_once)
             if M > 0:
                 normalize(out, floats(pointer(layer[MLP_NORM])), normed, B, H, eps)
-                product(zero, layer[UP_PROJ:], normed, inner, B, M, H, sums)
+                product(zero, layer[UP_PROJ:], normed, inner, B, M, H, sums, at_once)
                 for j in range(B * M):
                     inner[j] = activated(activation, inner[j])
-                product(zero, layer[DOWN_PROJ:], inner, out, B, H, M, sums)
+                product(zero, layer[DOWN_PROJ:], inner, out, B, H, M, sums, at_once)
             release(scratch)
             release(wide_scratch)
 
