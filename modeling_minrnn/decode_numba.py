@@ -255,8 +255,8 @@ def layers_kernel_of(code: int, columns: int, is_int8: bool):
             layer = table[i * FIELDS : (i + 1) * FIELDS]
             H, D, E, P, K, M, activation = layer[0], layer[1], layer[2], layer[3], layer[4], layer[5], layer[6]
             S, W = D + E, max(K - 1, 0) * H
-            # Memory is read fastest a row at a time. From a cache, or of eight bits, the sum of a row takes longer: each
-            # of its products waits for the one before.
+            # Memory is read fastest a row at a time. From a cache, or of eight bits, the sum of a row takes longer:
+            # each of its products waits for the one before.
             at_once = 8 if is_int8 or number_of_layers * H * (P + D + 2 * M) < IN_CACHE else 1
             out, q = floats(x)[b_start * H :], floats(pointer(layer[Q]))
             state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
