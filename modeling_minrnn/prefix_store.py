@@ -5,6 +5,7 @@ found by a SHA-256 of the tokens that it stands for. Least recently used states 
 """
 
 import hashlib
+import mmap
 import os
 import threading
 from array import array
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
@@ -22,6 +24,8 @@ from .modeling_minrnn import MinRNNPreTrainedModel
 from .state_file import load_state, model_hash, save_state
 
 FINE_TOKENS, COARSE_TOKENS = 256, 4096  # between kept states, in the first COARSE_TOKENS of a prompt and after
+
+SLAB_BYTES = 2**20
 
 logger = logging.get_logger(__name__)
 
@@ -78,6 +82,7 @@ class PrefixStore:
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._lengths: Counter[int] = Counter()
         self._lock = threading.Lock()
+        self._room = torch.empty(0, dtype=torch.uint8)  # of the latest slab
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="minrnn-prefixes")  # in order, beside the decoding
         self._root, self._folder = folder, self._open_folder(folder)
 
@@ -105,8 +110,7 @@ class PrefixStore:
             if name in self._entries:
                 self._entries.move_to_end(name)
                 return
-        # Clones: a row may be a view of a large batch, and a window one of all its chunk.
-        layers = [(x.keys[row : row + 1].clone(), x.values[row : row + 1].clone()) for x in cache.layers]
+        layers = [(self._copy(x.keys[row : row + 1]), self._copy(x.values[row : row + 1])) for x in cache.layers]
         entry = Entry(sum(state.nbytes + window.nbytes for state, window in layers), layers)
         if entry.nbytes <= self.max_bytes:
             self._add(name, entry)
@@ -128,6 +132,19 @@ class PrefixStore:
     def counters(self) -> dict[str, int]:
         names = ("hits", "misses", "reused_tokens", "evicted", "nbytes")
         return {name: getattr(self, name) for name in names} | {"states": len(self._entries)}
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """In a slab of main memory outside the heap of the C library, which goes with the last of its tensors.
+
+        In the heap they would lie between the large tensors that come and go with a chunk of a prompt, whose room
+        could then not be used again: a state of 37 kB would cost 3 MB.
+        """
+        with self._lock:
+            size = -(-tensor.nbytes // 8) * 8
+            if size > len(self._room):
+                self._room = torch.frombuffer(mmap.mmap(-1, max(size, SLAB_BYTES)), dtype=torch.uint8)
+            part, self._room = self._room[: tensor.nbytes], self._room[size:]
+        return part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def _open_folder(self, root: str | os.PathLike | None) -> Path | None:
         if root is None:
@@ -184,14 +201,14 @@ class PrefixStore:
                 with self._lock:
                     self._pop(name)
                 return None
-            entry.layers = [(layer.keys, layer.values) for layer in cache.layers]
+            entry.layers = [(self._copy(layer.keys), self._copy(layer.values)) for layer in cache.layers]
             return cache
         return self._cache_of(entry, digest.length)
 
     def _cache_of(self, entry: Entry, length: int) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         for i, (state, window) in enumerate(entry.layers or ()):
-            cache.update(state, window, i, num_tokens=length)
+            cache.update(state.to(self.model.device), window.to(self.model.device), i, num_tokens=length)
         return cache
 
     def _write(self, name: str, entry: Entry) -> None:
