@@ -16,7 +16,7 @@ import sys
 import tempfile
 from statistics import median
 
-from harness import HERE, Bound, Report, parser
+from harness import HERE, Bound, Report, measure_cells
 
 PROGRAM = """
 import json, sys, time
@@ -62,13 +62,5 @@ def measure(report: Report, cell_type: str) -> None:
         report.add(cell=cell_type, folder=state, call=name, s=wall, cpu_s=Bound(cpu, at_most=limit))
 
 
-def main() -> None:
-    report = Report(parser("first_call", __doc__, rounds=3).parse_args())
-    for cell_type in ("mingru", "minlstm"):
-        if report.wants(cell_type):
-            measure(report, cell_type)
-    report.print_table()
-
-
 if __name__ == "__main__":
-    main()
+    measure_cells("first_call", __doc__, 3, measure)

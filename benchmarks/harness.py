@@ -228,6 +228,15 @@ class Report:
         print(f"{sum(bound.met for bound in targets)} of {len(targets)} targets met; rows in {self.options.output}")
 
 
+def measure_cells(name: str, doc: str, rounds: int, measure: Callable[[Report, str], None]) -> None:
+    """A benchmark of the paper's two cells: `measure` is given the report and each of them that --only wants."""
+    report = Report(parser(name, doc, rounds).parse_args())
+    for cell_type in ("mingru", "minlstm"):
+        if report.wants(cell_type):
+            measure(report, cell_type)
+    report.print_table()
+
+
 def _text(value: object) -> str:
     if value is None:
         return ""

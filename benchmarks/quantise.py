@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import Report, interleave, parser, relative_error, timed, verify
+from harness import Report, interleave, measure_cells, relative_error, timed, verify
 from models import VOCABULARY, minrnn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import PreTrainedModel, TorchAoConfig
@@ -70,13 +70,5 @@ def measure(report: Report, cell_type: str) -> None:
         )
 
 
-def main() -> None:
-    report = Report(parser("quantise", __doc__, rounds=15).parse_args())
-    for cell_type in ("mingru", "minlstm"):
-        if report.wants(cell_type):
-            measure(report, cell_type)
-    report.print_table()
-
-
 if __name__ == "__main__":
-    main()
+    measure_cells("quantise", __doc__, 15, measure)
