@@ -65,12 +65,14 @@ from training.data import (
     token_stream,
 )
 from training.hub import check_repository, push_folder
+from training.optimizers import make_optimizer
 from training.parallel import Share, share_batch
 from training.precision import SLOW_BF16, emulates_bf16
 from training.report import (
     MetricsLog,
     held_out_scores,
     plot_loss_curve,
+    read_metrics,
     write_end,
     write_model_card,
     write_nonfinite,
@@ -135,9 +137,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     # ---- Model
     set_seed(train.seed)
     model = build_model(config.model, tokenizer)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay), lr=train.learning_rate, betas=train.betas, fused=True
-    )
+    optimizer = make_optimizer(model, train)
     # `model` stays the plain model; `training_model` may wrap it for several processes and the compiler.
     training_model, optimizer = accelerator.prepare(model, optimizer)
     set_seed(train.seed, device_specific=True)  # dropout differs between processes
@@ -224,9 +224,9 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
                         layer.detach()
             loss = accelerator.reduce(torch.stack(batch_losses).mean(), "mean")
             grad_norm = gradient_norm(model)
-            rate = learning_rate(train, progress.step)
+            share_of_rate = schedule(train, progress.step)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = share_of_rate * group["initial_lr"]
             if (loss + grad_norm).isfinite():
                 nn.utils.clip_grads_with_norm_(model.parameters(), train.grad_clip_norm, grad_norm)
                 optimizer.step()
@@ -260,7 +260,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
                 steps_per_s = len(losses) / (time.perf_counter() - timer)
                 record(
                     loss=loss,
-                    learning_rate=rate,
+                    learning_rate=share_of_rate * train.learning_rate,
                     grad_norm=grad_norm.item(),
                     tokens_per_s=steps_per_s * step_tokens,
                 )
@@ -305,11 +305,22 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     if interrupted:
         accelerator.print(f"stopped at step {progress.step}: the same command with train.resume=true continues it")
     elif accelerator.is_main_process:
+        in_windows = ""
+        if held_out.is_one_text:
+            best = MinRNNForCausalLM.from_pretrained(output_dir).to(accelerator.device)
+            end_token = tokenizer.eos_token_id if train.carry_state else None
+            loss, _ = evaluate(best, held_out, end_token=end_token, window=train.sequence_length)
+            if not any("held_out_window_loss" in row for row in read_metrics(output_dir, progress.step)):
+                record(held_out_window_loss=loss)
+            in_windows = f", in windows of {train.sequence_length} tokens {loss:.4f}"
         plot_loss_curve(output_dir)
         card = write_model_card(output_dir, config, model, progress)
         if card.name != CARD_FILE:
             print(f"{output_dir / CARD_FILE} was edited: it stays as it is, and {card.name} has the new card")
-        print(f"{output_dir} holds the model of step {progress.best_step}, held-out loss {progress.best_loss:.4f}")
+        print(
+            f"{output_dir} holds the model of step {progress.best_step}, held-out loss {progress.best_loss:.4f}"
+            + in_windows
+        )
     exit_code = 0
     if interrupted:
         exit_code = EXIT_RESUME if SIGTERM in gather_object(signals) else EXIT_INTERRUPTED
@@ -386,26 +397,8 @@ def build_model(arguments: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -
         raise InputError(f"model: it is too large to make: {one_line(error)[:100]}") from error
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for the matrices of linear layers, save the gate and candidate projection `in_proj`.
-
-    None for norms, biases, convolutions, initial states and embeddings, thus none for an output tied to these.
-    """
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    linear = {
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.endswith("in_proj")
-    }
-    decayed = linear - embeddings
-    return [
-        {"params": [p for p in model.parameters() if p in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in model.parameters() if p not in decayed], "weight_decay": 0.0},
-    ]
-
-
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """Of the step after so many, 0 <= step < train.steps.
+def schedule(train: TrainConfig, step: int) -> float:
+    """The share of the highest learning rate for the step after so many, 0 <= step < train.steps.
 
     Linear up to train.warmup_steps, constant with "wsd", then along a cosine to the minimum after the last step. As
     in transformers, "cosine" warms up from 0 and "wsd" from the minimum.
@@ -416,7 +409,7 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     else:
         start = train.steps - train.decay_steps if wsd else train.warmup_steps
         share = 0.5 * (1 + math.cos(math.pi * max(0, step - start) / (train.steps - start)))
-    return train.learning_rate * (lowest + (1 - lowest) * share)
+    return lowest + (1 - lowest) * share
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
@@ -430,6 +423,7 @@ def evaluate(
     held_out: TokenStream | HeldOutQuestions,
     chunk_tokens: int = EVALUATION_CHUNK_TOKENS,
     end_token: int | None = None,
+    window: int | None = None,
 ) -> tuple[float, float]:
     """Mean loss in nats per target and the share of targets to which the model gives most probability.
 
@@ -437,13 +431,15 @@ def evaluate(
     forward pass over all of it: nothing is drawn at random, and batch and sequence length of training do not matter.
 
     end_token: begin anew at each of these, as training with train.carry_state does.
+    window: begin anew after each so many targets of a stream, as models are measured that read no further back.
     """
     model.eval()
     loss, right, count, cache = 0.0, 0, 0, None
-    for inputs, targets in held_out.batches(chunk_tokens):
+    carried = held_out.is_one_text and not window
+    for inputs, targets in held_out.windows(window, chunk_tokens) if window else held_out.batches(chunk_tokens):
         inputs = inputs.to(model.device)
         reset_mask = None if end_token is None else inputs == end_token
-        output = model(inputs, past_key_values=cache, use_cache=held_out.is_one_text, reset_mask=reset_mask)
+        output = model(inputs, past_key_values=cache, use_cache=carried, reset_mask=reset_mask)
         cache = output.past_key_values
         scored = targets != IGNORED
         logits, targets = output.logits[scored].float(), targets[scored].to(model.device)

@@ -9,10 +9,12 @@ Import this module before anything that loads numba: numba reads its number of t
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -123,10 +125,19 @@ def _memory(field: str) -> int:
 class TrainingRun:
     """The best model of a run of train.py."""
 
-    held_out_loss: float
+    held_out_loss: float  # the state carried through the text
+    window_loss: float | None  # in disjoint windows of the training length, of a text
     step: int
     seconds: float  # of the whole process
+    cpu_seconds: float
     parameters: int
+
+
+def combinations(overrides: list[str]) -> list[list[str]]:
+    """Of ["a.b=1,2", "c.d=3"]: [["a.b=1", "c.d=3"], ["a.b=2", "c.d=3"]]."""
+    pairs = [override.split("=", 1) for override in overrides]
+    tried = [[f"{key}={value}" for value in values.split(",")] for key, values in pairs]
+    return [list(each) for each in itertools.product(*tried)]
 
 
 def run_train(config: str, *overrides: str) -> TrainingRun:
@@ -136,13 +147,19 @@ def run_train(config: str, *overrides: str) -> TrainingRun:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "train.py", f"configs/{config}", *overrides, f"train.output_dir={run}"]
-        started = time.perf_counter()
+        started, used = time.perf_counter(), _cpu_seconds_of_children()
         subprocess.run(command, cwd=HERE.parent, check=True)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, _cpu_seconds_of_children() - used
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         parameters = MinRNNForCausalLM.from_pretrained(run).num_parameters()
     best = min((row for row in rows if "held_out_loss" in row), key=lambda row: row["held_out_loss"])
-    return TrainingRun(best["held_out_loss"], best["step"], seconds, parameters)
+    window_loss = next((row["held_out_window_loss"] for row in rows if "held_out_window_loss" in row), None)
+    return TrainingRun(best["held_out_loss"], window_loss, best["step"], seconds, cpu_seconds, parameters)
+
+
+def _cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def relative_error(tensors: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_runs import TEXT
 
+from benchmarks.harness import combinations
 from benchmarks.paper import sweep
 from train import build_model
 from training.config import load_config
@@ -64,5 +65,5 @@ def test_a_sweep_is_a_run_of_train_py_for_each_combination(tmp_path, monkeypatch
 
 
 def test_a_sweep_tries_all_combinations():
-    tried = sweep.combinations(["a.b=1,2", "c.d=x", "e.f=3,4"])
+    tried = combinations(["a.b=1,2", "c.d=x", "e.f=3,4"])
     assert tried == [[f"a.b={b}", "c.d=x", f"e.f={f}"] for b in (1, 2) for f in (3, 4)]

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import set_seed
 from cases import WithoutFloat64
 from safetensors.torch import load_file
+from small_models import assert_close
 from small_runs import TEXT, losses
 from transformers import (
     AutoModelForCausalLM,
@@ -28,10 +29,11 @@ from transformers import (
 )
 
 import train
-from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
+from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM
 from training.checkpoint import list_checkpoints
 from training.config import InputError, TrainConfig, load_config
-from training.data import TokenStream, is_held_out, load_documents, token_stream
+from training.data import RandomWindows, TokenStream, is_held_out, load_documents, token_stream
+from training.optimizers import make_optimizer, parameter_groups
 from training.report import read_metrics
 from training.tokenizers import byte_tokenizer
 
@@ -266,7 +268,7 @@ def test_a_device_without_float64_trains_and_evaluates(setting, train_main, tmp_
 def test_weight_decay_spares_all_but_the_matrices_of_linear_layers():
     model = tiny_model(tie_word_embeddings=False, learned_initial_state=True, max_timescale=100)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, spared = train.parameter_groups(model, 0.3)
+    decayed, spared = parameter_groups(model, 0.3)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     kinds = {names[p].removesuffix(".weight").split(".")[-1] for p in decayed["params"]}
     assert kinds == {"out_proj", "up_proj", "down_proj", "lm_head"}
@@ -275,8 +277,75 @@ def test_weight_decay_spares_all_but_the_matrices_of_linear_layers():
 
 def test_an_output_tied_to_the_embedding_is_not_decayed():
     model = tiny_model(tie_word_embeddings=True)
-    decayed, _ = train.parameter_groups(model, 0.3)
+    decayed, _ = parameter_groups(model, 0.3)
     assert all(parameter is not model.lm_head.weight for parameter in decayed["params"])
+
+
+def test_muon_steps_the_hidden_matrices_and_adamw_the_rest(setting, train_main, tmp_path):
+    """train.py against torch's two optimizers by hand, on its batches; each with its own rate, on one schedule."""
+    muon = {"train.optimizer": "muon", "train.muon_learning_rate": 0.03, "train.weight_decay": 0.2}
+    config = setting(**muon, **{"train.grad_clip_norm": 0.5})
+    settings = load_config(config, [])
+    assert train_main(config) == 0
+
+    tokenizer, _ = byte_tokenizer(), set_seed(0)
+    model = train.build_model(settings.model, tokenizer).train()
+    named = dict(model.named_parameters())
+    matrices = [name for name in named if name.split(".")[-2] in ("in_proj", "out_proj", "up_proj", "down_proj")]
+    assert len(matrices) == 8
+    apart = lambda names, decay: [{"params": [named[name]], "weight_decay": decay(name)} for name in names]  # noqa: E731
+    optimizers = [
+        (torch.optim.Muon(apart(matrices, lambda name: 0.0 if "in_proj" in name else 0.2)), 0.03),
+        (torch.optim.AdamW(apart(named.keys() - matrices, lambda name: 0.0), betas=(0.9, 0.95), fused=True), 0.01),
+    ]
+    schedules = [
+        get_scheduler("cosine_with_min_lr", optimizer, 2, 8, {"min_lr_rate": 0.1}) for optimizer, _ in optimizers
+    ]
+    documents, _ = load_documents(settings.data)
+    batches = RandomWindows(token_stream(documents, tokenizer), 16, 4, 0, slice(None))
+    for step in range(8):
+        inputs, targets = next(batches)
+        arguments = {"shift_labels": targets, "num_items_in_batch": targets.numel(), "logits_to_keep": NO_LOGITS}
+        model(inputs, labels=targets, use_cache=False, **arguments).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for (optimizer, rate), scheduler in zip(optimizers, schedules):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scheduler.lr_lambdas[0](step)
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = weights(tmp_path / "run")
+    for name, parameter in named.items():
+        if name in trained:
+            assert_close(trained[name], parameter, 1e-6)  # other bits become others in bfloat16
+
+
+def test_an_output_of_its_own_is_not_for_muon():
+    model = tiny_model(tie_word_embeddings=False)
+    settings = TrainConfig(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.02)
+    groups = make_optimizer(model, settings).param_groups
+    assert [(group["weight_decay"], group["initial_lr"]) for group in groups] == [
+        (0.1, 0.02), (0.0, 0.02), (0.1, 0.01), (0.0, 0.01),
+    ]  # fmt: skip
+    assert [parameter is model.lm_head.weight for parameter in groups[2]["params"]] == [True]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.optimizer": "muon"}, "train.muon_learning_rate is None: must be set, e.g. to 0.02, with "),
+        (
+            {"train.muon_learning_rate": 0.02},
+            "train.muon_learning_rate is 0.02: must be set, .*, and null with adamw$",
+        ),
+        ({"train.optimizer": "muon", "train.muon_learning_rate": 0.0}, "is 0.0: must be positive and finite$"),
+        ({"train.optimizer": "sgd"}, "train.optimizer: .*sgd"),
+    ],
+)
+def test_rates_and_optimizer_that_do_not_fit_are_one_line(setting, train_main, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        train_main(setting(**changes))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.oldest
@@ -289,9 +358,9 @@ def test_an_output_tied_to_the_embedding_is_not_decayed():
 )
 def test_the_learning_rate_warms_up_and_comes_down_to_its_minimum(schedule, expected):
     settings = TrainConfig(
-        learning_rate=2.0, steps=100, warmup_steps=10, schedule=schedule, decay_steps=20 if schedule == "wsd" else 0
+        steps=100, warmup_steps=10, schedule=schedule, decay_steps=20 if schedule == "wsd" else 0
     )  # fmt: skip
-    rates = [train.learning_rate(settings, step) / 2.0 for step in range(101)]
+    rates = [train.schedule(settings, step) for step in range(101)]
     assert {step: rates[step] for step in expected} == pytest.approx(expected)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     name, arguments = {

@@ -28,9 +28,9 @@ CHANGEABLE = {
     "train": {
         "batch_size", "betas", "bf16", "chunk_length", "compile", "context_parallel_size", "decay_steps",
         "early_stopping_patience", "eval_every_steps", "grad_clip_norm", "gradient_accumulation_steps",
-        "learning_rate", "log_every_steps", "min_learning_rate_ratio", "on_nonfinite", "output_dir", "sample_prompts",
-        "sample_tokens", "save_every_steps", "schedule", "sequence_length", "steps", "trackers", "warmup_steps",
-        "weight_decay",
+        "learning_rate", "log_every_steps", "min_learning_rate_ratio", "muon_learning_rate", "on_nonfinite",
+        "output_dir", "sample_prompts", "sample_tokens", "save_every_steps", "schedule", "sequence_length", "steps",
+        "trackers", "warmup_steps", "weight_decay",
     },
     "hub": {"license", "private", "push", "repository"},
 }  # fmt: skip
@@ -114,7 +114,11 @@ class TrainConfig:
     carry_state: bool = False
     seed: int = 0
 
+    # "muon": torch.optim.Muon for the matrices of the layers, AdamW for embeddings, output, norms and all else.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    # Of AdamW, and of Muon: the highest of the run.
     learning_rate: float = MISSING
+    muon_learning_rate: float | None = None
     # After a linear warm-up either "cosine", down to the minimum at the last step, or "wsd": constant until the last
     # decay_steps, which go down to the minimum.
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -166,9 +170,15 @@ class TrainConfig:
                 f"train.context_parallel_size is {self.context_parallel_size}: must be 1 with train.chunk_length and "
                 "train.carry_state, which read a sequence from left to right in one process"
             )
-        for name in ("learning_rate", "grad_clip_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"train.{name} is {getattr(self, name)}: must be positive and finite")
+        for name in ("learning_rate", "muon_learning_rate", "grad_clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"train.{name} is {value}: must be positive and finite")
+        if (self.optimizer == "muon") != (self.muon_learning_rate is not None):
+            raise InputError(
+                f"train.muon_learning_rate is {self.muon_learning_rate}: must be set, e.g. to 0.02, with "
+                "train.optimizer=muon, and null with adamw"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"train.betas is {list(self.betas)}: both must be at least 0 and below 1")
         if self.seed > LARGEST_SEED:

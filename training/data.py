@@ -289,6 +289,15 @@ class TokenStream:
         for start in range(0, len(self) - 1, chunk_tokens):
             yield inputs_and_targets(self.read(start, start + chunk_tokens + 1)[None])
 
+    def windows(self, length: int, chunk_tokens: int) -> Iterator[torch.Tensor]:
+        """The targets of `batches` in rows of `length`, several at once (2, B, T); what is left is a row alone."""
+        whole, at_once = (len(self) - 1) // length, max(1, chunk_tokens // length)
+        for row in range(0, whole, at_once):
+            tokens = self.read(row * length, min(row + at_once, whole) * length + 1)
+            yield inputs_and_targets(tokens.unfold(0, length + 1, length))
+        if whole * length < len(self) - 1:
+            yield inputs_and_targets(self.read(whole * length, len(self))[None])
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Tokens start to stop - 1 as int64 (stop - start,), fewer past the end."""
         first, last = np.searchsorted(self.starts, (start, stop), side="right") - 1

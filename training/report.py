@@ -77,8 +77,8 @@ def metrics_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(FULL_METRICS_FILES)) + [current] * current.exists()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [row for path in metrics_files(folder) for row in read_rows(path)]
+def read_metrics(folder: Path, first_step: int = 0) -> list[dict[str, Any]]:
+    return [row for path in metrics_files(folder) for row in read_rows(path) if row["step"] >= first_step]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -231,6 +231,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
     unit = "character" if data.tokenizer == "character" else "token"
     labels = {
         "held_out_loss": f"Held-out loss, nats per {unit}",
+        "held_out_window_loss": f"The same in disjoint windows of {config.train.sequence_length} tokens",
         "held_out_accuracy": f"Held-out accuracy, {unit}s predicted",
         "bits_per_byte": "Held-out loss, bits per byte",
     }
@@ -282,7 +283,11 @@ def write_model_card(folder: Path, config: RunConfig, model: PreTrainedModel, pr
 
     Returns the file.
     """
-    rows = [row for row in read_metrics(folder) if row["step"] == progress.best_step and "held_out_loss" in row]
+    rows = [
+        row
+        for row in read_metrics(folder, progress.best_step)
+        if (row["step"] == progress.best_step and "held_out_loss" in row) or "held_out_window_loss" in row
+    ]
     scores = {key: value for row in rows for key, value in row.items() if key != "step"}
     trained = TrainedModel(
         parameters=model.num_parameters(),

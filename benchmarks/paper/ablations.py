@@ -30,9 +30,10 @@ from modeling_minrnn import MinRNNForCausalLM
 from modeling_minrnn.cells import CELLS, Cell, Linear, g
 from modeling_minrnn.masks import NO_MASKS
 from modeling_minrnn.modeling_minrnn import MinRNNDecoderLayer
-from train import build_model, evaluate, parameter_groups
+from train import build_model, evaluate
 from training.config import load_config
 from training.data import RandomWindows, load_documents, token_stream
+from training.optimizers import parameter_groups
 from training.tokenizers import load_tokenizer
 
 SETTING = HERE.parent / "configs" / "shakespeare-char-cpu.yaml"

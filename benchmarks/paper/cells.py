@@ -36,9 +36,10 @@ from benchmarks.paper.models import Logits, parameters
 from benchmarks.paper.training import mean_loss, train
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 from modeling_minrnn.cells import CELLS
-from train import evaluate, parameter_groups
+from train import evaluate
 from training.config import load_config
 from training.data import RandomWindows, load_documents, token_stream
+from training.optimizers import parameter_groups
 from training.tasks import load_task
 from training.tokenizers import load_tokenizer
 

@@ -27,9 +27,10 @@ from benchmarks.harness import Bound, Report, interleave, parser, run_train, tim
 from benchmarks.paper.models import Family, Logits, parameters
 from benchmarks.paper.training import train
 from modeling_minrnn import MinRNNForCausalLM
-from train import evaluate, parameter_groups
+from train import evaluate
 from training.config import load_config
 from training.data import RandomWindows, TokenStream, load_documents, token_stream
+from training.optimizers import parameter_groups
 from training.tokenizers import load_tokenizer
 
 TARGETS = {"minGRU": 1.548, "minLSTM": 1.555}  # the paper's

@@ -8,18 +8,9 @@ Overrides are those of train.py; values between commas are tried one by one, all
 held_out_loss: nats per token over the whole held-out text after the last step. minutes: the whole of train.py.
 """
 
-import itertools
-
-from benchmarks.harness import HERE, Report, parser, run_train
+from benchmarks.harness import HERE, Report, combinations, parser, run_train
 from modeling_minrnn import MinRNNConfig
 from training.config import load_config
-
-
-def combinations(overrides: list[str]) -> list[list[str]]:
-    """Of ["a.b=1,2", "c.d=3"]: [["a.b=1", "c.d=3"], ["a.b=2", "c.d=3"]]."""
-    pairs = [override.split("=", 1) for override in overrides]
-    tried = [[f"{key}={value}" for value in values.split(",")] for key, values in pairs]
-    return [list(each) for each in itertools.product(*tried)]
 
 
 def main() -> None:
