@@ -14,7 +14,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 from small_runs import TEXT, losses
 from test_checkpoint import outcome, stop_at
-from test_train import assert_equal_weights, weights
+from test_train import MUON, assert_equal_weights, weights
 from torch.nn import Parameter
 from torch.optim import SGD
 from transformers import get_scheduler
@@ -46,6 +46,7 @@ OTHERS = {
     "data.workers": None,
     "train.betas": [0.8, 0.9],
     "train.schedule": "wsd",
+    "train.optimizer": "adamw",
     "train.decay_steps": 1,
     "train.on_nonfinite": "skip",
     "train.chunk_length": 4,
@@ -63,7 +64,7 @@ OTHERS = {
 
 def test_every_setting_may_change_or_is_refused_by_name(setting, tmp_path):
     """One by one: what the table has is reported as changed, and nothing else passes."""
-    config = setting()
+    config = setting(**MUON)
     (tmp_path / "step-00000008").mkdir()
     shutil.copy(config, tmp_path / "step-00000008" / "run.yaml")
     before = OmegaConf.load(config)
@@ -85,7 +86,9 @@ def test_every_setting_may_change_or_is_refused_by_name(setting, tmp_path):
         if value is None:
             continue
         changes = {name: value} | ({"train.schedule": "wsd", "train.decay_steps": 1} if value in ("wsd", 1) else {})
-        now = load_config(setting(**changes), [])
+        if value == "adamw":
+            changes["train.muon_learning_rate"] = None
+        now = load_config(setting(**MUON | changes), [])
         tried.add(name)
         if key in CHANGEABLE[section]:
             assert name in changed_settings(tmp_path / "step-00000008", now)

@@ -40,6 +40,9 @@ from training.tokenizers import byte_tokenizer
 ROOT = Path(__file__).parent.parent
 
 
+MUON = {"train.optimizer": "muon", "train.muon_learning_rate": 0.03}
+
+
 def weights(folder):
     """The parameters of the newest checkpoint."""
     return load_file(max(folder.glob("checkpoints/*")) / "model.safetensors")
@@ -283,8 +286,7 @@ def test_an_output_tied_to_the_embedding_is_not_decayed():
 
 def test_muon_steps_the_hidden_matrices_and_adamw_the_rest(setting, train_main, tmp_path):
     """train.py against torch's two optimizers by hand, on its batches; each with its own rate, on one schedule."""
-    muon = {"train.optimizer": "muon", "train.muon_learning_rate": 0.03, "train.weight_decay": 0.2}
-    config = setting(**muon, **{"train.grad_clip_norm": 0.5})
+    config = setting(**MUON, **{"train.weight_decay": 0.2, "train.grad_clip_norm": 0.5})
     settings = load_config(config, [])
     assert train_main(config) == 0
 
@@ -375,8 +377,9 @@ def test_the_learning_rate_warms_up_and_comes_down_to_its_minimum(schedule, expe
 
 
 @pytest.mark.oldest
-def test_a_resumed_run_equals_one_that_was_never_stopped(run, tmp_path):
-    dropout = {"model.dropout": 0.1, "train.sample_prompts": ["3 times"], "train.sample_tokens": 5}
+@pytest.mark.parametrize("optimizer", [{}, MUON], ids=["adamw", "muon"])
+def test_a_resumed_run_equals_one_that_was_never_stopped(run, tmp_path, optimizer):
+    dropout = {"model.dropout": 0.1, "train.sample_prompts": ["3 times"], "train.sample_tokens": 5, **optimizer}
     whole = run(**dropout)
     stopped = tmp_path / "stopped"
     shutil.copytree(whole, stopped)

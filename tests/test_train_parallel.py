@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small_models import assert_close
 from small_runs import losses, write_config
 from test_checkpoint import outcome, stop_at
-from test_train import ROOT, weights
+from test_train import MUON, ROOT, weights
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -213,6 +213,22 @@ def test_any_number_of_processes_goes_on(alone_and_shared, tmp_path, others):
     assert_same_run(folder, alone, 1e-5)
     if others == "two that share":
         assert_same_bits(folder, shared)
+
+
+def test_muon_takes_each_matrix_as_a_whole_however_it_is_shared(setting, train_main, tmp_path):
+    settings = {"train.steps": 6, "train.eval_every_steps": 3, "train.save_every_steps": 3}
+    config = setting(**SETTINGS | MUON | settings)
+    assert train_main(config) == 0
+    alone, shared, stopped = (tmp_path / name for name in ("run", "shared", "stopped"))
+    train_in_processes(2, config, f"train.output_dir={tmp_path / 'data'}")
+    train_in_processes(2, config, f"train.output_dir={shared}", process=train_fsdp_process)
+    for folder in (tmp_path / "data", shared):
+        assert_same_run(folder, alone, 1e-3)  # torch's Muon computes in bfloat16
+    shutil.copytree(shared, stopped)
+    stop_at(stopped, 3)
+    resume = ["train.resume=true", f"train.output_dir={stopped}"]
+    train_in_processes(2, config, *resume, process=train_fsdp_process)
+    assert_same_bits(stopped, shared)
 
 
 def test_what_another_number_of_processes_cannot_go_on_with_is_refused(run, setting, train_main):
