@@ -67,7 +67,7 @@ from training.data import (
 from training.hub import check_repository, push_folder
 from training.optimizers import make_optimizer
 from training.parallel import Share, share_batch
-from training.precision import SLOW_BF16, emulates_bf16
+from training.precision import SLOW_BF16, SLOW_MUON, emulates_bf16
 from training.report import (
     MetricsLog,
     held_out_scores,
@@ -113,6 +113,8 @@ def main(path: str, overrides: list[str]) -> int:
         project_dir=train.output_dir,
     )
     notes = [f"train.bf16=true: {SLOW_BF16} (train.bf16=force: bfloat16 all the same)"] if emulated else []
+    if train.optimizer == "muon" and cpu and emulates_bf16():
+        notes.append(f"train.optimizer=muon: {SLOW_MUON}")
     for note in notes:
         accelerator.print(note)
     share = share_batch(accelerator, train)

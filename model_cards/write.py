@@ -1,41 +1,60 @@
-"""Write the cards of the models that the project has trained:  python -m model_cards.write
+"""Write what stands beside the weights in model_cards/:  python -m model_cards.write
 
-A card is made of a file in configs/ and of figures in benchmarks/results/; what was not measured there it leaves out.
+A card is made of a file in configs/ and of the model's newest row in benchmarks/results/published.jsonl. The code is
+links into modeling_minrnn/, which an upload to the Hub follows: there is one copy of it in the repository.
 """
 
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from train import build_model
 from training.config import RunConfig, load_config
 from training.report import TrainedModel, model_card
-from training.tokenizers import byte_tokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+ROWS = ROOT / "benchmarks" / "results" / "published.jsonl"
+SCORES = ("held_out_loss", "held_out_window_loss", "bits_per_byte", "held_out_accuracy")
 
 
-def demo() -> ModelCard:
-    """Its loss depends on the standard library that it finds; there is no committed figure."""
-    config, settings = read_config("demo")
-    model = build_model(config.model, byte_tokenizer())
-    return model_card("demo", config, settings, TrainedModel(model.num_parameters(), command="make train"))
+@dataclass(frozen=True)
+class Published:
+    """What is known of a model beside its settings and its row."""
+
+    license: str  # of its text, as a sentence
+    overrides: str = ""  # what a user gives to train it anew
 
 
-def shakespeare() -> ModelCard:
-    config, settings = read_config("shakespeare-char-cpu")
-    rows = map(json.loads, (ROOT / "benchmarks/results/quality.jsonl").read_text().splitlines())
-    row = [row for row in rows if row["contender"] == "minrnn"][-1]
+CARDS = {
+    "python-1m": Published(
+        "The text, the source of Python's standard library, is under the licence of the Python Software Foundation "
+        "(https://docs.python.org/3/license.html)."
+    ),
+    "shakespeare-1m": Published("The text, plays by Shakespeare, is in the public domain.", " data.files=[input.txt]"),
+}
+
+
+def card(name: str) -> ModelCard:
+    published, (config, settings), row = CARDS[name], read_config(name), newest_row(name)
     trained = TrainedModel(
         parameters=row["parameters"],
-        command="python train.py configs/shakespeare-char-cpu.yaml data.files=[input.txt]",
+        command=f"python -m model_cards.retrain {name}{published.overrides}",
         commit=row["commit"] + ("-dirty" if row["dirty"] else ""),
         versions={"Python": row["python"]} | row["versions"],
-        scores={"held_out_loss": row["held_out_loss"]["value"]},
+        best_step=row["step"],
+        tokens=row["tokens"],
+        scores={key: row[key] for key in SCORES if key in row},
+        corpus_license=published.license,
     )
-    return model_card("shakespeare-char-cpu", config, settings, trained)
+    return model_card(name, config, settings, trained)
+
+
+def newest_row(name: str) -> dict:
+    return [row for row in map(json.loads, ROWS.read_text().splitlines()) if row["model"] == name][-1]
 
 
 def read_config(name: str) -> tuple[RunConfig, str]:
@@ -43,8 +62,19 @@ def read_config(name: str) -> tuple[RunConfig, str]:
     return load_config(str(path), []), path.read_text()
 
 
-CARDS = {"demo": demo, "shakespeare-char-cpu": shakespeare}
+def link_code(folder: Path) -> None:
+    for path in folder.glob("*.py"):
+        path.unlink()
+    model = ROOT / "modeling_minrnn" / "modeling_minrnn.py"
+    for path in {model, *map(Path, get_relative_import_files(model))}:
+        (folder / path.name).symlink_to(os.path.relpath(path, folder))
+
+
+def write(name: str) -> None:
+    link_code(HERE / name)
+    card(name).save(HERE / name / "README.md")
+
 
 if __name__ == "__main__":
-    for name, card in CARDS.items():
-        card().save(HERE / f"{name}.md")
+    for name in CARDS:
+        write(name)

@@ -1,7 +1,7 @@
 """The code in README.md and docs/ runs: every block that is fenced as `python` and nothing else.
 
-The blocks of a file run in order, as one script, in a folder where runs/demo is a small model. `python no-run` is for
-what needs the network, and for docs/new-cell.md, which tests/test_new_cell.py runs.
+The blocks of a file run in order, as one script, in a folder with model_cards/ where runs/demo is a small model.
+`python no-run` is for what needs the network, and for docs/new-cell.md, which tests/test_new_cell.py runs.
 """
 
 import re
@@ -27,6 +27,7 @@ def blocks(guide):
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     save(printable_model(), folder / "runs" / "demo")
+    (folder / "model_cards").symlink_to(ROOT / "model_cards")
     return folder
 
 

@@ -210,6 +210,7 @@ class TrainedModel:
     tokens: int | None = None  # until then
     scores: dict[str, float] = field(default_factory=dict)  # as held_out_scores has them
     loss_curve: str | None = None  # a picture beside the card
+    corpus_license: str = "The corpus has a licence of its own."
 
 
 def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel) -> ModelCard:
@@ -231,7 +232,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
     unit = "character" if data.tokenizer == "character" else "token"
     labels = {
         "held_out_loss": f"Held-out loss, nats per {unit}",
-        "held_out_window_loss": f"The same in disjoint windows of {config.train.sequence_length} tokens",
+        "held_out_window_loss": f"In disjoint windows of {config.train.sequence_length} tokens, nats per {unit}",
         "held_out_accuracy": f"Held-out accuracy, {unit}s predicted",
         "bits_per_byte": "Held-out loss, bits per byte",
     }
@@ -275,6 +276,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         prompt=json.dumps(config.train.sample_prompts[0] if config.train.sample_prompts else ""),
         settings=settings.strip(),
         license=config.hub.license,
+        corpus_license=model.corpus_license,
     )
 
 
