@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from training.optimizers import MuonAndAdamW, hidden_matrices
 from training.sharded import load_shards, save_shards
 
 STEPS = 6
@@ -183,6 +184,21 @@ def test_what_they_save_as_one_model_loads_in_one_process(trained):
     model = AutoModelForCausalLM.from_pretrained(folder / "consolidated")
     ids = random_ids(4, T, seed=STEPS // 2)
     assert model(ids, labels=ids).loss.item() == pytest.approx(expected[STEPS // 2], rel=TOLERANCE)
+
+
+def losses_with_muon(folder, sizes=None):
+    model = load(folder, sizes) if sizes else AutoModelForCausalLM.from_pretrained(folder).train()
+    hidden = hidden_matrices(model)
+    matrices, others = ([p for p in model.parameters() if (p in hidden) == wanted] for wanted in (True, False))
+    optimizer = MuonAndAdamW(torch.optim.Muon(matrices, lr=0.05), torch.optim.AdamW(others, lr=0.02, foreach=False))
+    return losses(model, optimizer, range(STEPS))
+
+
+def test_muon_takes_a_matrix_that_is_split_by_channel_as_a_whole(tmp_path):
+    small_model(**FIELDS).save_pretrained(tmp_path)
+    expected = losses_with_muon(tmp_path)
+    for rank in run_in_processes(losses_with_muon, 2, tmp_path, WAYS["tensor"]):
+        assert rank == pytest.approx(expected, rel=1e-3)  # it computes in bfloat16; the worst seen is 2e-4
 
 
 def test_sizes_that_do_not_divide_are_refused_in_one_line(tmp_path):

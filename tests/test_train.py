@@ -139,6 +139,8 @@ def test_the_model_folder_keeps_the_best_evaluation_not_the_last(run):
     _, documents = load_documents(load_config(str(folder / "run.yaml"), []).data)
     stream = token_stream(documents, byte_tokenizer(), 200)
     assert train.evaluate(model, stream)[0] == pytest.approx(min(held_out), rel=1e-6)
+    in_windows = train.evaluate(model, stream, window=16)[0]
+    assert losses(folder, "held_out_window_loss") == [pytest.approx(in_windows, rel=1e-6)]
 
 
 def test_training_stops_early_without_a_new_best(run):
@@ -255,6 +257,21 @@ def test_evaluation_in_chunks_equals_one_forward_pass_over_everything(cell_type,
     assert loss == pytest.approx(expected, rel=1e-6)
     assert accuracy == pytest.approx((logits.argmax(-1) == tokens[1:]).double().mean().item())
     assert expected > 4.5  # not the loss of a uniform prediction, 3.9
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 30, 1000])
+def test_evaluation_in_windows_begins_each_with_nothing_read_and_scores_every_token_once(chunk_tokens):
+    model, tokens = tiny_model().eval(), torch.randint(50, (95,))  # 13 windows of 7, and 3 targets
+    torch.nn.init.normal_(model.lm_head.weight)
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, 94, 7):
+            window = tokens[start : start + 8]
+            logits = model(window[None, :-1]).logits[0]
+            total += torch.nn.functional.cross_entropy(logits.double(), window[1:], reduction="sum").item()
+    stream = TokenStream([tokens[:33].numpy(), tokens[33:].numpy()])
+    assert train.evaluate(model, stream, chunk_tokens, window=7)[0] == pytest.approx(total / 94, rel=1e-6)
+    assert train.evaluate(model, stream)[0] != pytest.approx(total / 94, rel=1e-3)
 
 
 @pytest.mark.parametrize("carry_state", [False, True])

@@ -441,6 +441,24 @@ def presets() -> str:
     return table(["", *columns, *(f"{rate:g}" for rate in rates)], lines)
 
 
+def small_shakespeare() -> str:
+    """Of benchmarks/quality.py, with which settings for shakespeare-char-cpu.yaml's own."""
+    runs = [row for row in rows("quality", "contender", "read", "seed") if "read" in row]
+    lines = [
+        (
+            read,
+            " ".join(f"`{setting}`" for setting in contender.split()),
+            own[0]["steps"],
+            len(own),
+            round(mean(row["cpu_seconds"] for row in own)),
+            nats([row["held_out_loss"] for row in own]),
+            nats([row["window_loss"] for row in own]),
+        )
+        for (read, contender), own in grouped(runs, "read", "contender").items()
+    ]
+    return table(["read", "settings", "steps", "seeds", "s of CPU", "carried", "in windows"], lines)
+
+
 def plot_presets(path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot(xlabel="learning rate", ylabel="held-out loss, nats a byte", xscale="log")
@@ -529,6 +547,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "which cell": which_cell,
         "cell settings": cell_settings,
         "presets": presets,
+        "small shakespeare": small_shakespeare,
     },
     "long-context.md": {
         "text": long_context_text,
