@@ -442,21 +442,23 @@ def presets() -> str:
 
 
 def small_shakespeare() -> str:
-    """Of benchmarks/quality.py, with which settings for shakespeare-char-cpu.yaml's own."""
-    runs = [row for row in rows("quality", "contender", "read", "seed") if "read" in row]
+    """Of benchmarks/quality.py, with which settings in the place of those of a file."""
+    runs = [row for row in rows("quality", "config", "contender", "read", "seed") if "read" in row]
+    shown = "train.steps", "train.warmup_steps"  # by a column
     lines = [
         (
             read,
-            " ".join(f"`{setting}`" for setting in contender.split()),
+            f"`{config}`",
+            " ".join(f"`{each}`" for each in contender.split() if each.split("=")[0] not in shown),
             own[0]["steps"],
             len(own),
             round(mean(row["cpu_seconds"] for row in own)),
             nats([row["held_out_loss"] for row in own]),
             nats([row["window_loss"] for row in own]),
         )
-        for (read, contender), own in grouped(runs, "read", "contender").items()
+        for (read, config, contender), own in grouped(runs, "read", "config", "contender").items()
     ]
-    return table(["read", "settings", "steps", "seeds", "s of CPU", "carried", "in windows"], lines)
+    return table(["read", "of configs/", "with", "steps", "seeds", "s of CPU", "carried", "in windows"], lines)
 
 
 def plot_presets(path: Path) -> None:
