@@ -1,0 +1,1 @@
+../../modeling_minrnn/cache_minrnn.py

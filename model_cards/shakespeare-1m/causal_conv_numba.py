@@ -1,0 +1,1 @@
+../../modeling_minrnn/causal_conv_numba.py

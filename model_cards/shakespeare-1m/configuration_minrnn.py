@@ -1,0 +1,1 @@
+../../modeling_minrnn/configuration_minrnn.py

@@ -1,0 +1,1 @@
+../../modeling_minrnn/context_parallel.py

@@ -1,0 +1,1 @@
+../../modeling_minrnn/dense_recurrence.py

@@ -1,0 +1,1 @@
+../../modeling_minrnn/modeling_minrnn.py

@@ -1,0 +1,1 @@
+../../modeling_minrnn/tensor_parallel.py
