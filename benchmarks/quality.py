@@ -108,7 +108,7 @@ def main() -> None:
     flags.add_argument("--config", help=f"of configs/, for the overrides (default {SMALL})")
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--held-out", action="store_true", help="read the held-out text: when all is chosen")
-    options = flags.parse_args()
+    options = flags.parse_intermixed_args()
     report = Report(options)
     text = options.text.resolve()
     if options.overrides or options.config:
