@@ -485,7 +485,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             or self.training
             or self.config.scan_backend not in ("auto", "numba")
             or type(hidden_states) is not Tensor
-            or hidden_states.dtype != torch.float32
+            or hidden_states.dtype not in (torch.float32, torch.bfloat16)
             or resolve_backend(self.config.scan_backend, hidden_states.device.type, hidden_states.dtype) != "numba"
             or torch.is_autocast_enabled("cpu")
             or torch._C._get_tracing_state() is not None
