@@ -40,14 +40,12 @@ from .scan_numba import (
     ir,
     np,
     numba,
-    overload,
     release,
     run,
     rwkv_forward_row,
     scalar,
     sigmoids,
     state_at,
-    uint16,
     void,
     voidptr,
 )
@@ -75,12 +73,12 @@ def activated(activation, x):
     return x if x >= np.float32(0.0) else np.float32(0.0)
 
 
-# How a layer keeps its weights: `kept` is a number of their type, 16 bits for bfloat16. What is not a projection's weight
-# is float32 beside integers, and what is computed of any of them is a float32 of no more digits than the modules give.
+# `kept` is a number of the type in which a layer keeps its weights: float32, an eight-bit integer, or the 16 bits of
+# bfloat16. Beside integers, what is not the weight of a projection is float32.
 
 
 def numbers(address, kept):
-    """The array at an address, of parts that are not the weights of projections."""
+    """The array at an address, of anything but the weights of projections."""
 
 
 def loaded(number):
@@ -95,29 +93,29 @@ def rounded(x, kept):
     """As a module hands it on: the nearest number of its dtype, of two the even one."""
 
 
-@overload(numbers)
+@numba.extending.overload(numbers)
 def _(address, kept):
-    dtype = np.uint16 if kept == uint16 else np.float32
+    dtype = np.uint16 if kept == numba.types.uint16 else np.float32
     return lambda address, kept: numba.carray(address, ANY_LENGTH, dtype)
 
 
-@overload(loaded)
+@numba.extending.overload(loaded)
 def _(number):
-    if number == uint16:
+    if number == numba.types.uint16:
         return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
     return lambda number: number
 
 
-@overload(stored)
+@numba.extending.overload(stored)
 def _(x, kept):
-    if kept == uint16:
+    if kept == numba.types.uint16:
         return lambda x, kept: np.uint16(np.float32(x).view(np.uint32) >> np.uint32(16))
     return lambda x, kept: x
 
 
-@overload(rounded)
+@numba.extending.overload(rounded)
 def _(x, kept):
-    if kept != uint16:
+    if kept != numba.types.uint16:
         return lambda x, kept: x
 
     def nearest(x, kept):
@@ -242,7 +240,8 @@ def tile_of(W: int | None, R: int):
                     row = builder.select(builder.icmp_signed("<", row, last), row, last)
                     yield builder.gep(start, [builder.mul(row, k)])
 
-            tile = Tile(builder, list(rows(kept.type, weight, i, n, W or FROM_MEMORY[kept.type])), list(rows(FLOAT, x, b, B, R)), k)
+            w_rows = list(rows(kept.type, weight, i, n, W or FROM_MEMORY[kept.type]))
+            tile = Tile(builder, w_rows, list(rows(FLOAT, x, b, B, R)), k)
             start = builder.inttoptr(sums, FLOAT.as_pointer())
             for c, total in enumerate(tile.sums()):
                 builder.store(total, builder.gep(start, [INT64(c)]))
@@ -305,9 +304,31 @@ WINDOW, STATE, OUT_WINDOW, OUT_STATE, Q, CONV, RNN_NORM, MLP_NORM = range(7, 15)
 IN_PROJ, GATE_PROJ, OUT_PROJ, UP_PROJ, DOWN_PROJ, FIELDS = range(15, 31, 3)  # each with its scale and bias
 
 
+@numba.njit(inline="always")
+def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
+    """What the cell makes of `projected` (B, P), into `read` (B, D), and its states after it."""
+    D, E, P, q = layer[1], layer[2], layer[3], floats(pointer(layer[Q]))
+    state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
+    carry, L, larger = carries[0], carries[1][:E], carries[2]
+    place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
+    for b in range(B):
+        start, h = (b_start + b) * (D + E), read[b * D : b * D + D]
+        copy((carry, L), state_at(state, start, state, start + D, place))
+        after = state_at(out_state, start, out_state, start + D, place)
+        p = blocks_at(code, projected, b * P, D, E, columns, place)
+        if code & RWKV:
+            rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
+        else:
+            forward_row(code, p, of_cell, carry, L, h, rows)
+        copy(after, (carry, L))
+
+
 @functools.cache  # compiled when it is used
 def layers_kernel_of(code: int, columns: int, dtype: str):
-    """The kernel of layers of a cell with so many blocks of `projected`, in place of x (B, H); dtype of its weights."""
+    """The kernel of layers of a cell with so many blocks of `projected`, in place of x (B, H).
+
+    dtype: of the weights of projections.
+    """
 
     @compile_kernel(int64, voidptr, numba.float64, voidptr)
     def layers_kernel(number_of_layers, table, eps, x, b_start, b_stop, d_start, d_stop):
@@ -320,15 +341,13 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
             kept, size = np.float32(0.0), 4
         for i in range(number_of_layers):
             layer = table[i * FIELDS : (i + 1) * FIELDS]
-            H, D, E, P, K, M, activation = layer[0], layer[1], layer[2], layer[3], layer[4], layer[5], layer[6]
-            S, W = D + E, max(K - 1, 0) * H
+            H, D, P, K, M, activation = layer[0], layer[1], layer[3], layer[4], layer[5], layer[6]
+            W = max(K - 1, 0) * H
             in_cache = number_of_layers * H * (P + D + 2 * M) * size < IN_CACHE
             at_once = FROM_CACHE if in_cache else 4 // size
-            out, q = floats(x)[b_start * H :], floats(pointer(layer[Q]))
-            state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
+            out = floats(x)[b_start * H :]
             scratch, wide_scratch = allocate(4 * (8 + 6 * D + B * (H + P + D + max(M, D)))), allocate(8 * 3 * D)
             rows, carries = numba.carray(scratch, (6, D), np.float32), numba.carray(wide_scratch, (3, D), np.float64)
-            carry, L, larger = carries[0], carries[1][:E], carries[2]
             sums = floats(scratch)[6 * D :]
             normed = sums[8:]
             projected = normed[B * H :]
@@ -342,17 +361,7 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
             normalize(kept, out, numbers(pointer(layer[RNN_NORM]), kept), normed, B, H, eps)
             clear((projected[: B * P], inner[: B * max(M, D)]))
             product(kept, layer[IN_PROJ:], normed, projected, B, P, H, sums, at_once)
-            place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
-            for b in range(B):
-                start, h = (b_start + b) * S, read[b * D : b * D + D]
-                copy((carry, L), state_at(state, start, state, start + D, place))
-                after = state_at(out_state, start, out_state, start + D, place)
-                p = blocks_at(code, projected, b * P, D, E, columns, place)
-                if code & RWKV:
-                    rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
-                else:
-                    forward_row(code, p, of_cell, carry, L, h, rows)
-                copy(after, (carry, L))
+            recur(code, columns, layer, projected, read, b_start, B, rows, carries)
             for j in range(B * D):
                 read[j] = rounded(read[j], kept)
             if layer[GATE_PROJ]:
@@ -444,7 +453,8 @@ def _told(layer, carried: LayerState, hidden_states: Tensor) -> tuple:
     addresses = [tensor.data_ptr() for tensor in (window, state, left[1], left[0], q)]
     sizes = H, D, E, P, K if conv else 0, M, activation
     told = [*sizes, *addresses, conv, rnn_norm, mlp_norm, *itertools.chain(*projections)]
-    return (code, len(blocks), "int8" if is_int8 else str(dtype).removeprefix("torch.")), eps, told, (*left, [left] if carried.record_past else []), (state, window, q)
+    kernel = code, len(blocks), "int8" if is_int8 else str(dtype).removeprefix("torch.")
+    return kernel, eps, told, (*left, [left] if carried.record_past else []), (state, window, q)
 
 
 def _kept(carried: LayerState, of_state: tuple[int, ...], of_window: tuple[int, ...], dtype) -> tuple:

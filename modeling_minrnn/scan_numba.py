@@ -24,8 +24,8 @@ try:
     from llvmlite import ir
     from numba.core.caching import FunctionCache
     from numba.core.cgutils import get_or_insert_function
-    from numba.extending import intrinsic, overload
-    from numba.types import int64, uint16, void, voidptr
+    from numba.extending import intrinsic
+    from numba.types import int64, void, voidptr
 except ImportError as error:
     raise ImportError('the "numba" backend needs numba: pip install numba') from error
 
