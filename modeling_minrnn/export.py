@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Export a MinRNN model to ONNX.")
     parser.add_argument("model", help="a model folder or a repository id")
     parser.add_argument("folder", help="a new folder for what is written")
-    parser.add_argument("--int8", action="store_true", help="eight-bit weights: a quarter of the size, 2 % off")
+    parser.add_argument("--int8", action="store_true", help="eight-bit weights: a quarter of the size, 2 %% off")
     options = parser.parse_args()
     try:
         config = AutoConfig.from_pretrained(options.model)

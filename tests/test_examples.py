@@ -43,11 +43,6 @@ def folder(model, tmp_path_factory):
     return save(model, tmp_path_factory.mktemp("examples") / "model")
 
 
-def test_generate_prints_the_prompt_and_as_many_bytes_as_asked(run):
-    output = run("examples.generate", "--prompt", "import ", "--max-new-tokens", 30)
-    assert output.startswith("import ") and len(output) > len("import ") + 10
-
-
 def test_chat_answers_from_its_state_what_a_model_answers_that_reads_the_whole_transcript(model, folder, run):
     output = run("examples.chat", "--model", folder, "--max-new-tokens", 20, text="hello\nand then?\n")
     first, first_size, second, second_size = output.splitlines()
