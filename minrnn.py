@@ -29,7 +29,7 @@ def sample() -> None:
     """The text of `minrnn sample`, as it is written."""
     parser = argparse.ArgumentParser("minrnn sample", description="Print a text as a language model goes on with it.")
     parser.add_argument("model", help="a model folder, e.g. runs/demo, or a repository id")
-    parser.add_argument("prompt", help="the beginning of the text, at least one character")
+    parser.add_argument("prompt", nargs="?", default="\n", help="the beginning of the text; a new line by default")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="%(default)s by default")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="%(default)s by default; 0: the likeliest token"
