@@ -53,12 +53,9 @@ def test_the_wheel_runs_the_first_snippet_of_the_readme_where_nothing_else_of_th
     output = run(python, "-I", "-c", snippet + "\nprint(modeling_minrnn.__file__)", cwd=tmp_path)
     text, path = output.splitlines()
     assert text == "import " + continuation(model, "import ", 100)
-    assert path == str(installed / "modeling_minrnn" / "__init__.py")
-
     command = python.with_name("minrnn")
-    output = run(
-        command, "sample", "runs/demo", "import ", "--temperature", "0", "--max-new-tokens", "100", cwd=tmp_path
-    )
-    assert output == text + "\n"
+    options = ("--temperature", "0", "--max-new-tokens", "100")
+    assert run(command, "sample", "runs/demo", "import ", *options, cwd=tmp_path) == text + "\n"
     error = run(command, "train", "demo.yaml", cwd=tmp_path, status=2)
     assert error.startswith("minrnn: error: train is not in the installed package: clone")
+    assert path == str(installed / "modeling_minrnn" / "__init__.py")
