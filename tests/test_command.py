@@ -24,6 +24,8 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["minrnn", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", list(sys.path))
+        for _, program, _ in minrnn.COMMANDS.values():  # runpy warns of what is imported already
+            monkeypatch.delitem(sys.modules, str(program), raising=False)
         status = 0
         try:
             minrnn.main()
@@ -94,7 +96,6 @@ def test_what_is_wrong_is_told_in_one_line(arguments, message, folder, run):
 
 def test_a_missing_extra_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "modeling_minrnn.serve", raising=False)
     status, _, error = run("serve", "model")
     assert status == 2 and error == "minrnn: error: serve needs typer: pip install 'modeling-minrnn[serving]'"
 
