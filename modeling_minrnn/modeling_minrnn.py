@@ -873,8 +873,8 @@ class MinRNNForMultipleChoice(MinRNNSequenceScorer):
             attention_mask: (B, C, T); without one, tokens equal to config.pad_token_id are padding.
             labels: (B,) the number of the right choice, 0..C - 1, or -100 for no loss.
 
-        The other arguments are those of MinRNNModel, with B * C rows or, like these, (B, C, ...). So are the hidden
-        states that are returned.
+        The other arguments are those of MinRNNModel, with B * C rows or, like these, (B, C, ...). The hidden states
+        that are returned have B * C rows.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or given.dim() != (4 if input_ids is None else 3):
