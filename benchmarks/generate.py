@@ -4,17 +4,18 @@ Timed, by one thread in seconds of CPU, of which other processes take nothing: a
 batch 1 after prompts of 16, 1024 and 8192 tokens, from the first new token to the last; prefill (prompt to first
 token) is reported apart. Contenders:
     minrnn       MinRNNForCausalLM, 6 layers, width 384, vocabulary 256, otherwise default
+    bfloat16     the same in bfloat16, weights and all that layers hand on
     int8         the same, loaded with the weights of its projections in eight bits (torchao's Int8WeightOnlyConfig)
     bare         minrnn and its cache in a loop of forward and argmax, without generate; after the shortest prompt
     small, bare  4 layers of width 128 in generate and in that loop, after the shortest prompt
     llama, gpt2  from transformers, sdpa attention, equal parameter counts (within 3 %)
     onnx, onnx int8  minrnn as modeling_minrnn.export writes it, the second with int8=True, in onnxruntime
     ctranslate2  that gpt2 in CTranslate2, in float32 and int8, where it is installed (engines.py)
-and minrnn and int8 at batches of 8 and 64, after the shortest prompt.
+and minrnn, bfloat16 and int8 at batches of 8 and 64, after the shortest prompt.
 Before timing, the tokens of generate are compared with those of the bare loop and with those of use_cache=False, those
 of CTranslate2 and ONNX in float32 with those of the model.
 
-logit_error: relative L2 error of the logits after 64 prompts, where weights are in eight bits.
+logit_error: relative L2 error of the logits after 64 prompts, where weights have fewer bits.
 over_reading: the time a token over that of adding up all weights once in the same rounds, by torch's sum.
 state_bytes: memory of the cache's tensors at the end, for the one sequence.
 
@@ -29,6 +30,7 @@ Targets: minrnn <= 1.3x the time a token of bare and of reading, and after 8192 
     python benchmarks/generate.py [--only mingru] [--rounds 7] [--longest 1024]
 """
 
+import copy
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -140,7 +142,8 @@ def small_model(cell_type: str) -> PreTrainedModel:
 def measure(report: Report, cell_type: str) -> None:
     model, lengths = minrnn(cell_type), [length for length in PROMPTS if length <= report.options.longest]
     others = transformers_of_equal_size(model, positions=lengths[-1] + NEW_TOKENS)
-    models = {"minrnn": model, "int8": in_eight_bits(model), "small": small_model(cell_type), **others}
+    shorter = {"bfloat16": copy.deepcopy(model).bfloat16(), "int8": in_eight_bits(model)}
+    models = {"minrnn": model, **shorter, "small": small_model(cell_type), **others}
     generator = torch.Generator().manual_seed(0)
     prompts = {length: torch.randint(VOCABULARY, (1, length), generator=generator) for length in lengths}
     for candidate in models.values():
@@ -158,8 +161,8 @@ def measure(report: Report, cell_type: str) -> None:
     runs["small, bare", SHORTEST] = partial(bare_loop, models["small"])
     many = torch.randint(VOCABULARY, (64, SHORTEST), generator=generator)
     with torch.no_grad():
-        in_int8, exact = (models[name](many).logits[:, -1] for name in ("int8", "minrnn"))
-    errors = {"int8": relative_error([in_int8], [exact])}
+        exact = model(many).logits[:, -1]
+        errors = {name: relative_error([each(many).logits[:, -1]], [exact]) for name, each in shorter.items()}
     decoders = engines(others["gpt2"])
     for name in ("onnx", "onnx int8"):
         decoders[name], errors[name] = onnx(model, "int8" in name, many)
@@ -184,7 +187,7 @@ def measure(report: Report, cell_type: str) -> None:
     batches = {
         (name, B): partial(seconds_per_step, models[name], prompts[SHORTEST].expand(B, -1).contiguous())
         for B in BATCHES
-        for name in ("minrnn", "int8")
+        for name in ("minrnn", *shorter)
     }
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 

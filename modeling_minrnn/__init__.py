@@ -5,6 +5,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -17,6 +18,7 @@ from .modeling_minrnn import (
     NO_LOGITS,
     MinRNNForCausalLM,
     MinRNNForMaskedLM,
+    MinRNNForMultipleChoice,
     MinRNNForQuestionAnswering,
     MinRNNForSequenceClassification,
     MinRNNForTokenClassification,
@@ -32,6 +34,7 @@ AutoConfig.register("minrnn", MinRNNConfig)
 AutoModel.register(MinRNNConfig, MinRNNModel)
 AutoModelForCausalLM.register(MinRNNConfig, MinRNNForCausalLM)
 AutoModelForMaskedLM.register(MinRNNConfig, MinRNNForMaskedLM)
+AutoModelForMultipleChoice.register(MinRNNConfig, MinRNNForMultipleChoice)
 AutoModelForQuestionAnswering.register(MinRNNConfig, MinRNNForQuestionAnswering)
 AutoModelForSequenceClassification.register(MinRNNConfig, MinRNNForSequenceClassification)
 AutoModelForTokenClassification.register(MinRNNConfig, MinRNNForTokenClassification)
@@ -44,6 +47,7 @@ __all__ = [
     "MinRNNConfig",
     "MinRNNForCausalLM",
     "MinRNNForMaskedLM",
+    "MinRNNForMultipleChoice",
     "MinRNNForQuestionAnswering",
     "MinRNNForSequenceClassification",
     "MinRNNForTokenClassification",

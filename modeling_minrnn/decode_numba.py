@@ -2,8 +2,8 @@
 
 B batch, H hidden size, D width of h, E log-sums, P width of `projected`, K kernel size, M width of the MLP.
 Everything is computed in float32, and the recurrence is that of a scan, `scan_numba.forward_row`. The projections may
-also be eight-bit integers with a scale a row, as torchao's Int8WeightOnlyConfig keeps them. Other dtypes take the
-modules: they round between them, and a sequence read token by token must end as one that is read at once.
+also be eight-bit integers with a scale a row, as torchao's Int8WeightOnlyConfig keeps them. With weights in bfloat16
+every part rounds what it hands on, as the modules do: a sequence read token by token ends as one that is read at once.
 Weights are read at each call where the modules keep them, so a change of them is seen.
 A row's results do not depend on the other rows of its batch, nor on how many there are, to the last bit.
 """
@@ -73,8 +73,62 @@ def activated(activation, x):
     return x if x >= np.float32(0.0) else np.float32(0.0)
 
 
+# `kept` is a number of the type in which a layer keeps its weights: float32, an eight-bit integer, or the 16 bits of
+# bfloat16. Beside integers, what is not the weight of a projection is float32.
+
+
+def numbers(address, kept):
+    """The array at an address, of anything but the weights of projections."""
+
+
+def loaded(number):
+    """The float32 that is kept."""
+
+
+def stored(x, kept):
+    """What is kept of a float32 that is rounded."""
+
+
+def rounded(x, kept):
+    """As a module hands it on: the nearest number of its dtype, of two the even one."""
+
+
+@numba.extending.overload(numbers)
+def _(address, kept):
+    dtype = np.uint16 if kept == numba.types.uint16 else np.float32
+    return lambda address, kept: numba.carray(address, ANY_LENGTH, dtype)
+
+
+@numba.extending.overload(loaded)
+def _(number):
+    if number == numba.types.uint16:
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: number
+
+
+@numba.extending.overload(stored)
+def _(x, kept):
+    if kept == numba.types.uint16:
+        return lambda x, kept: np.uint16(np.float32(x).view(np.uint32) >> np.uint32(16))
+    return lambda x, kept: x
+
+
+@numba.extending.overload(rounded)
+def _(x, kept):
+    if kept != numba.types.uint16:
+        return lambda x, kept: x
+
+    def nearest(x, kept):
+        bits = np.float32(x).view(np.uint32)
+        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        nearest = np.uint32((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)
+        return nearest if x == x else np.float32(x)
+
+    return nearest
+
+
 @numba.njit(error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"})  # a sum in any order
-def normalize(x, weight, y, B, H, eps):
+def normalize(kept, x, weight, y, B, H, eps):
     for b in range(B):
         row, out = x[b * H : b * H + H], y[b * H : b * H + H]
         total = np.float32(0.0)
@@ -82,7 +136,7 @@ def normalize(x, weight, y, B, H, eps):
             total += row[i] * row[i]
         scale = np.float32(1.0 / math.sqrt(total / H + eps))
         for i in range(H):
-            out[i] = row[i] * scale * weight[i]
+            out[i] = rounded(row[i] * scale * loaded(weight[i]), kept)
 
 
 @intrinsic
@@ -94,12 +148,17 @@ def pointer(typing_context, address):
 
 
 LANES = 8  # of a sum of products, added up at its end: alike for every tile, and with them the bits of the result
-FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+FLOAT, INT8, INT16, INT32, INT64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+BYTES = {FLOAT: 4, INT16: 2, INT8: 1}
+# Rows of the weight that are read at once for a single x. From memory they are read fastest with few streams, from a
+# cache with many sums at a time, as each product of a sum waits for the one before.
+FROM_MEMORY, FROM_CACHE = {FLOAT: 1, INT16: 2, INT8: 4}, 8
+IN_CACHE = 24 * 2**20  # bytes of the weights of all layers
 
 
 class Tile:
     """Builds sums (W, R) = w (W, k) @ x (R, k).T in LLVM's terms, whose own vectoriser would order the sums of each
-    shape of tile differently. w and x: the addresses of their rows, of float32 or eight-bit integers."""
+    shape of tile differently. w and x: the addresses of their rows, of float32, bfloat16 or eight-bit integers."""
 
     def __init__(self, builder, w, x, k):
         self.builder, self.w, self.x, self.k = builder, w, x, k
@@ -136,10 +195,15 @@ class Tile:
 
     def values(self, row, at, lanes):
         builder, kept = self.builder, row.type.pointee
-        of_kept, of_float = (kind if lanes == 1 else ir.VectorType(kind, lanes) for kind in (kept, FLOAT))
+        of_kept, bits, of_float = (kind if lanes == 1 else ir.VectorType(kind, lanes) for kind in (kept, INT32, FLOAT))
         found = builder.load(builder.bitcast(builder.gep(row, [at]), of_kept.as_pointer()))
-        found.align = 4 if kept == FLOAT else 1  # no more than that of a single number
-        return found if kept == FLOAT else builder.sitofp(found, of_float)
+        found.align = BYTES[kept]  # no more than that of a single number
+        if kept == INT8:
+            return builder.sitofp(found, of_float)
+        if kept != FLOAT:  # the upper half of a float32
+            half = ir.Constant(bits, 16 if lanes == 1 else [16] * lanes)
+            found = builder.bitcast(builder.shl(builder.zext(found, bits), half), of_float)
+        return found
 
     def across(self, total):
         """The sum of the lanes."""
@@ -150,25 +214,25 @@ class Tile:
 
     def fetch_next(self, at):
         """Into the cache: a part of the rows of w after these, which follow them in memory."""
-        builder, size = self.builder, 4 if self.w[0].type.pointee == FLOAT else 1
+        builder, size = self.builder, BYTES[self.w[0].type.pointee]
         start = builder.mul(builder.add(self.k, at), INT64(len(self.w) * size))
         start = builder.add(builder.ptrtoint(self.w[0], INT64), start)
         for line in range(0, len(self.w) * size * LANES, 64):
             fetch_line(builder, builder.add(start, INT64(line)))
 
 
-def tile_of(W: int, R: int):
+def tile_of(W: int | None, R: int):
     """sums (W, R) = weight[i : i + W] @ x[b : b + R].T, of weight (n, k) and x (B, k), each past its end the last row.
 
-    Of weight and x come the addresses; `zero` is a number of the type of the weights.
+    Of weight and x come the addresses; no W stands for what is best FROM_MEMORY.
     """
 
     @intrinsic
-    def tile(typing_context, zero, weight, i, n, x, b, B, k, sums):
-        signature = void(zero, int64, int64, int64, int64, int64, int64, int64, int64)
+    def tile(typing_context, kept, weight, i, n, x, b, B, k, sums):
+        signature = void(kept, int64, int64, int64, int64, int64, int64, int64, int64)
 
         def generate(context, builder, signature, arguments):
-            zero, weight, i, n, x, b, B, k, sums = arguments
+            kept, weight, i, n, x, b, B, k, sums = arguments
 
             def rows(kind, address, first, number, count):
                 start, last = builder.inttoptr(address, kind.as_pointer()), builder.sub(number, INT64(1))
@@ -176,7 +240,8 @@ def tile_of(W: int, R: int):
                     row = builder.select(builder.icmp_signed("<", row, last), row, last)
                     yield builder.gep(start, [builder.mul(row, k)])
 
-            tile = Tile(builder, list(rows(zero.type, weight, i, n, W)), list(rows(FLOAT, x, b, B, R)), k)
+            w_rows = list(rows(kept.type, weight, i, n, W or FROM_MEMORY[kept.type]))
+            tile = Tile(builder, w_rows, list(rows(FLOAT, x, b, B, R)), k)
             start = builder.inttoptr(sums, FLOAT.as_pointer())
             for c, total in enumerate(tile.sums()):
                 builder.store(total, builder.gep(start, [INT64(c)]))
@@ -187,52 +252,51 @@ def tile_of(W: int, R: int):
     return tile
 
 
-one_by_one, eight_by_one, four_by_two = tile_of(1, 1), tile_of(8, 1), tile_of(4, 2)
-IN_CACHE = 1 << 22  # float32 weights of all layers
+few_by_one, many_by_one, four_by_two = tile_of(None, 1), tile_of(FROM_CACHE, 1), tile_of(4, 2)
 
 
 @numba.njit(**OPTIONS)
-def product(zero, projection, x, y, B, n, k, sums, at_once):
+def product(kept, projection, x, y, B, n, k, sums, at_once):
     """y (B, n) += x (B, k) @ weight (n, k).T * scale (n,) + bias (n,).
 
     projection: the addresses of weight, scale and bias; there is a scale for integers, and need not be a bias.
-    at_once: rows of the weight for a single x, 1 or 8.
+    at_once: rows of the weight for a single x.
     """
     weight, x_address, sums_address = projection[0], x.ctypes.data, sums.ctypes.data
-    scale, bias = floats(pointer(projection[1])), floats(pointer(projection[2]))
+    scale, bias = floats(pointer(projection[1])), numbers(pointer(projection[2]), kept)
     scaled, biased = projection[1] != 0, projection[2] != 0
     W, R = (4, 2) if B > 1 else (at_once, 1)
     for i in range(0, n, W):
         for b in range(0, B, R):
             if R == 2:
-                four_by_two(zero, weight, i, n, x_address, b, B, k, sums_address)
-            elif W == 1:
-                one_by_one(zero, weight, i, n, x_address, b, B, k, sums_address)
+                four_by_two(kept, weight, i, n, x_address, b, B, k, sums_address)
+            elif W == FROM_CACHE:
+                many_by_one(kept, weight, i, n, x_address, b, B, k, sums_address)
             else:
-                eight_by_one(zero, weight, i, n, x_address, b, B, k, sums_address)
+                few_by_one(kept, weight, i, n, x_address, b, B, k, sums_address)
             for r in range(min(R, B - b)):
                 for c in range(min(W, n - i)):
                     total, at = sums[c * R + r], (b + r) * n + i + c
                     if scaled:
                         total *= scale[i + c]
                     if biased:
-                        total += bias[i + c]
-                    y[at] += total
+                        total += loaded(bias[i + c])
+                    y[at] = rounded(y[at] + rounded(total, kept), kept)
 
 
 @numba.njit
-def convolve(x, window, weight, out_window, B, H, K):
+def convolve(kept, x, window, weight, out_window, B, H, K):
     """x += conv(x), and the window after the token; weight: (H, K)."""
     W = (K - 1) * H
     for b in range(B):
         row, before, after = x[b * H : b * H + H], window[b * W : b * W + W], out_window[b * W : b * W + W]
         for i in range(W):
-            after[i] = before[i + H] if i + H < W else row[i + H - W]
+            after[i] = before[i + H] if i + H < W else stored(row[i + H - W], kept)
         for i in range(H):
-            total = row[i] * weight[i * K + K - 1]
+            total = row[i] * loaded(weight[i * K + K - 1])
             for k in range(K - 1):
-                total += before[k * H + i] * weight[i * K + k]
-            row[i] += total
+                total += loaded(before[k * H + i]) * loaded(weight[i * K + k])
+            row[i] = rounded(row[i] + rounded(total, kept), kept)
 
 
 # What the kernel is told of a layer: seven sizes, then addresses, 0 for a part that is not there.
@@ -240,29 +304,50 @@ WINDOW, STATE, OUT_WINDOW, OUT_STATE, Q, CONV, RNN_NORM, MLP_NORM = range(7, 15)
 IN_PROJ, GATE_PROJ, OUT_PROJ, UP_PROJ, DOWN_PROJ, FIELDS = range(15, 31, 3)  # each with its scale and bias
 
 
+@numba.njit(inline="always")
+def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
+    """What the cell makes of `projected` (B, P), into `read` (B, D), and its states after it."""
+    D, E, P, q = layer[1], layer[2], layer[3], floats(pointer(layer[Q]))
+    state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
+    carry, L, larger = carries[0], carries[1][:E], carries[2]
+    place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
+    for b in range(B):
+        start, h = (b_start + b) * (D + E), read[b * D : b * D + D]
+        copy((carry, L), state_at(state, start, state, start + D, place))
+        after = state_at(out_state, start, out_state, start + D, place)
+        p = blocks_at(code, projected, b * P, D, E, columns, place)
+        if code & RWKV:
+            rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
+        else:
+            forward_row(code, p, of_cell, carry, L, h, rows)
+        copy(after, (carry, L))
+
+
 @functools.cache  # compiled when it is used
-def layers_kernel_of(code: int, columns: int, is_int8: bool):
-    """The kernel of layers of a cell with so many blocks of `projected`, in place of x (B, H)."""
+def layers_kernel_of(code: int, columns: int, dtype: str):
+    """The kernel of layers of a cell with so many blocks of `projected`, in place of x (B, H).
+
+    dtype: of the weights of projections.
+    """
 
     @compile_kernel(int64, voidptr, numba.float64, voidptr)
     def layers_kernel(number_of_layers, table, eps, x, b_start, b_stop, d_start, d_stop):
         table, B = numba.carray(table, ANY_LENGTH, np.int64), b_stop - b_start
-        if is_int8:
-            zero = np.int8(0)
+        if dtype == "int8":
+            kept, size = np.int8(0), 1
+        elif dtype == "bfloat16":
+            kept, size = np.uint16(0), 2
         else:
-            zero = np.float32(0.0)
+            kept, size = np.float32(0.0), 4
         for i in range(number_of_layers):
             layer = table[i * FIELDS : (i + 1) * FIELDS]
-            H, D, E, P, K, M, activation = layer[0], layer[1], layer[2], layer[3], layer[4], layer[5], layer[6]
-            S, W = D + E, max(K - 1, 0) * H
-            # Memory is read fastest a row at a time. From a cache, or of eight bits, the sum of a row takes longer:
-            # each of its products waits for the one before.
-            at_once = 8 if is_int8 or number_of_layers * H * (P + D + 2 * M) < IN_CACHE else 1
-            out, q = floats(x)[b_start * H :], floats(pointer(layer[Q]))
-            state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
+            H, D, P, K, M, activation = layer[0], layer[1], layer[3], layer[4], layer[5], layer[6]
+            W = max(K - 1, 0) * H
+            in_cache = number_of_layers * H * (P + D + 2 * M) * size < IN_CACHE
+            at_once = FROM_CACHE if in_cache else 4 // size
+            out = floats(x)[b_start * H :]
             scratch, wide_scratch = allocate(4 * (8 + 6 * D + B * (H + P + D + max(M, D)))), allocate(8 * 3 * D)
             rows, carries = numba.carray(scratch, (6, D), np.float32), numba.carray(wide_scratch, (3, D), np.float64)
-            carry, L, larger = carries[0], carries[1][:E], carries[2]
             sums = floats(scratch)[6 * D :]
             normed = sums[8:]
             projected = normed[B * H :]
@@ -270,34 +355,27 @@ def layers_kernel_of(code: int, columns: int, is_int8: bool):
             inner = read[B * D :]
 
             if K > 0:
-                window, out_window = floats(pointer(layer[WINDOW])), floats(pointer(layer[OUT_WINDOW]))
-                convolve(out, window[b_start * W :], floats(pointer(layer[CONV])), out_window[b_start * W :], B, H, K)
-            normalize(out, floats(pointer(layer[RNN_NORM])), normed, B, H, eps)
+                window = numbers(pointer(layer[WINDOW]), kept)[b_start * W :]
+                out_window = numbers(pointer(layer[OUT_WINDOW]), kept)[b_start * W :]
+                convolve(kept, out, window, numbers(pointer(layer[CONV]), kept), out_window, B, H, K)
+            normalize(kept, out, numbers(pointer(layer[RNN_NORM]), kept), normed, B, H, eps)
             clear((projected[: B * P], inner[: B * max(M, D)]))
-            product(zero, layer[IN_PROJ:], normed, projected, B, P, H, sums, at_once)
-            place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
-            for b in range(B):
-                start, h = (b_start + b) * S, read[b * D : b * D + D]
-                copy((carry, L), state_at(state, start, state, start + D, place))
-                after = state_at(out_state, start, out_state, start + D, place)
-                p = blocks_at(code, projected, b * P, D, E, columns, place)
-                if code & RWKV:
-                    rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
-                else:
-                    forward_row(code, p, of_cell, carry, L, h, rows)
-                copy(after, (carry, L))
+            product(kept, layer[IN_PROJ:], normed, projected, B, P, H, sums, at_once)
+            recur(code, columns, layer, projected, read, b_start, B, rows, carries)
+            for j in range(B * D):
+                read[j] = rounded(read[j], kept)
             if layer[GATE_PROJ]:
-                product(zero, layer[GATE_PROJ:], normed, inner, B, D, H, sums, at_once)
+                product(kept, layer[GATE_PROJ:], normed, inner, B, D, H, sums, at_once)
                 for j in range(B * D):
-                    read[j] *= inner[j] * sigmoids(inner[j])[0]
+                    read[j] = rounded(read[j] * rounded(inner[j] * sigmoids(inner[j])[0], kept), kept)
                     inner[j] = 0.0
-            product(zero, layer[OUT_PROJ:], read, out, B, H, D, sums, at_once)
+            product(kept, layer[OUT_PROJ:], read, out, B, H, D, sums, at_once)
             if M > 0:
-                normalize(out, floats(pointer(layer[MLP_NORM])), normed, B, H, eps)
-                product(zero, layer[UP_PROJ:], normed, inner, B, M, H, sums, at_once)
+                normalize(kept, out, numbers(pointer(layer[MLP_NORM]), kept), normed, B, H, eps)
+                product(kept, layer[UP_PROJ:], normed, inner, B, M, H, sums, at_once)
                 for j in range(B * M):
-                    inner[j] = activated(activation, inner[j])
-                product(zero, layer[DOWN_PROJ:], inner, out, B, H, M, sums, at_once)
+                    inner[j] = rounded(activated(activation, inner[j]), kept)
+                product(kept, layer[DOWN_PROJ:], inner, out, B, H, M, sums, at_once)
             release(scratch)
             release(wide_scratch)
 
@@ -313,20 +391,20 @@ def decode_layers(layers, hidden_states: Tensor, cache_layers) -> Tensor | None:
 
     None, and nothing has changed, where the kernel would not compute what the modules of all layers do: for a cell
     without gates in `scan_numba`, where a module is not the stock one or has hooks, and for weights that are neither
-    dense float32 nor torchao's eight-bit integers with a scale a row.
+    dense and of the dtype of hidden_states, float32 or bfloat16, nor torchao's eight-bit integers with a scale a row.
     """
     try:
         told = [_told(layer, cache_layer.read(), hidden_states) for layer, cache_layer in zip(layers, cache_layers)]
     except _NotStock:
         return None
-    out = hidden_states.clone(memory_format=torch.contiguous_format)
+    out = hidden_states.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     for (kernel, eps), group in itertools.groupby(told, lambda each: each[:2]):
         numbers = [each[2] for each in group]
         table = array.array("q", itertools.chain(*numbers))
         run(layers_kernel_of(*kernel), (len(numbers), table.buffer_info()[0], eps, out), len(out), 1)
     for cache_layer, (_, _, _, left, _) in zip(cache_layers, told):
         cache_layer.update(*left)
-    return out
+    return out.to(hidden_states.dtype)
 
 
 def _told(layer, carried: LayerState, hidden_states: Tensor) -> tuple:
@@ -334,40 +412,40 @@ def _told(layer, carried: LayerState, hidden_states: Tensor) -> tuple:
 
     Raises _NotStock.
     """
-    B, _, H = hidden_states.shape
+    (B, _, H), dtype = hidden_states.shape, hidden_states.dtype
     # By the dictionaries behind the attributes, which nn.Module looks up at five times the price.
     parts = _stock(layer, MinRNNDecoderLayer)._modules
     rnn, mlp, K = _stock(parts["rnn"], MinRNNRecurrence), parts.get("mlp"), layer.window_size + 1
     (code, blocks, E), D, of_rnn = _of_cell(rnn.cell, rnn.state_size), rnn.state_size, rnn._modules
-    (rnn_norm, eps), nothing = _norm(parts["rnn_norm"], H), (0, 0, 0)
+    (rnn_norm, eps), nothing = _norm(parts["rnn_norm"], H, dtype), (0, 0, 0)
     conv, mlp_norm, up_proj, down_proj, activation, M = 0, 0, nothing, nothing, 0, 0
     if code < 0 or eps is None:
         raise _NotStock
     if "conv" in parts:
-        conv = _address(_stock(parts["conv"], MinRNNCausalConv)._parameters["weight"], (H, K))
+        conv = _address(_stock(parts["conv"], MinRNNCausalConv)._parameters["weight"], (H, K), dtype)
     if mlp is not None:
         of_mlp = _stock(mlp, MinRNNMLP)._modules
         activation = ACTIVATIONS.get(type(_stock(of_mlp["act_fn"])), -1)
-        mlp_norm, its_eps = _norm(parts["mlp_norm"], H)
+        mlp_norm, its_eps = _norm(parts["mlp_norm"], H, dtype)
         if activation < 0 or its_eps != eps:
             raise _NotStock
         M = getattr(of_mlp["up_proj"], "out_features", 0)
-        up_proj, down_proj = _linear(of_mlp["up_proj"], M, H), _linear(of_mlp["down_proj"], H, M)
+        up_proj, down_proj = _linear(of_mlp["up_proj"], M, H, dtype), _linear(of_mlp["down_proj"], H, M, dtype)
     P, gate_proj = sum(blocks), of_rnn.get("gate_proj")
     projections = [
-        _linear(of_rnn["in_proj"], P, H),
-        nothing if gate_proj is None else _linear(gate_proj, D, H),
-        _linear(of_rnn["out_proj"], H, D),
+        _linear(of_rnn["in_proj"], P, H, dtype),
+        nothing if gate_proj is None else _linear(gate_proj, D, H, dtype),
+        _linear(of_rnn["out_proj"], H, D, dtype),
         up_proj,
         down_proj,
     ]
     is_int8 = projections[0][1] != 0
     if any((scale != 0) != is_int8 for weight, scale, _ in projections if weight):
         raise _NotStock
-    state, window = _kept(carried, (B, D + E), (B, K - 1, H))
+    state, window = _kept(carried, (B, D + E), (B, K - 1, H), dtype)
     if state is None or window is None:
         state = dense(carried.state_or(rnn.start(hidden_states).expand(B, -1)))
-        window = dense(carried.window_or(hidden_states.new_zeros(B, K - 1, H)))
+        window = carried.window_or(hidden_states.new_zeros(B, K - 1, H)).detach().to(dtype).contiguous()
     q = state  # not read
     if rnn.cell.parameter_names:
         q = dense(derived(rnn.cell, rnn.parameters_of_cell(hidden_states.new_empty(0, P))))
@@ -375,14 +453,15 @@ def _told(layer, carried: LayerState, hidden_states: Tensor) -> tuple:
     addresses = [tensor.data_ptr() for tensor in (window, state, left[1], left[0], q)]
     sizes = H, D, E, P, K if conv else 0, M, activation
     told = [*sizes, *addresses, conv, rnn_norm, mlp_norm, *itertools.chain(*projections)]
-    return (code, len(blocks), is_int8), eps, told, (*left, [left] if carried.record_past else []), (state, window, q)
+    kernel = code, len(blocks), "int8" if is_int8 else str(dtype).removeprefix("torch.")
+    return kernel, eps, told, (*left, [left] if carried.record_past else []), (state, window, q)
 
 
-def _kept(carried: LayerState, of_state: tuple[int, ...], of_window: tuple[int, ...]) -> tuple:
+def _kept(carried: LayerState, of_state: tuple[int, ...], of_window: tuple[int, ...], dtype) -> tuple:
     """State and window where the kernel may read them as they are, which as a rule it may; or (None, None)."""
     state, window, seen = carried.state, carried.window, carried.seen
     goes_on = type(seen) is int and seen > 0 and state is not None and window is not None
-    if goes_on and _is_dense(state, of_state) and _is_dense(window, of_window):
+    if goes_on and _is_dense(state, of_state) and _is_dense(window, of_window, dtype):
         return state, window
     return None, None
 
@@ -411,17 +490,18 @@ def _address(tensor, shape: tuple[int, ...], dtype=torch.float32, kind=nn.Parame
     return tensor.data_ptr()
 
 
-def _norm(module, H: int) -> tuple[int, float | None]:
-    return _address(_stock(module, nn.RMSNorm)._parameters["weight"], (H,)), module.eps
+def _norm(module, H: int, dtype) -> tuple[int, float | None]:
+    return _address(_stock(module, nn.RMSNorm)._parameters["weight"], (H,), dtype), module.eps
 
 
-def _linear(module, n: int, k: int) -> tuple[int, int, int]:
+def _linear(module, n: int, k: int, dtype) -> tuple[int, int, int]:
     """The addresses of weight (n, k), of its scale and of the bias, 0 for what there is not."""
     parameters = _stock(module, nn.Linear)._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    of_bias = 0 if bias is None else _address(bias, (n,))
+    of_bias = 0 if bias is None else _address(bias, (n,), dtype)
     if type(weight).__name__ != "Int8Tensor":
-        return _address(weight, (n, k)), 0, of_bias
-    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:  # torchao's, not of weights alone
+        return _address(weight, (n, k), dtype), 0, of_bias
+    of_activations = weight.act_quant_kwargs is not None or weight.act_pre_scale is not None
+    if of_activations or dtype is not torch.float32:
         raise _NotStock
     return _address(weight.qdata, (n, k), torch.int8, Tensor), _address(weight.scale, (n, 1), kind=Tensor), of_bias

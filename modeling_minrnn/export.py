@@ -1,14 +1,20 @@
-"""A language model as programs that run without this package:  python -m modeling_minrnn.export MODEL FOLDER
+"""A model as programs that run without this package:  python -m modeling_minrnn.export MODEL FOLDER
 
-writes two ONNX files, and beside them the tokenizer and the generation configuration (needs the extra `onnx`):
+writes ONNX files, and beside them the tokenizer and the configuration (needs the extra `onnx`). Two of a language
+model, with the generation configuration:
 
     prefill.onnx: input_ids (B, T), attention_mask (B, T) -> logits (B, V), new_state_0, new_state_1, ...
     decode.onnx:  input_ids (B, 1), state_0, state_1, ... -> logits (B, V), new_state_0, new_state_1, ...
 
 B batch, T time, V vocabulary, D state width, H hidden size, K convolution kernel size. The logits are those after the
 last token: shorter prompts are padded on the left. The state, two tensors a layer, is the recurrent state (B, D) and
-the convolution window (B, K - 1, H), whatever T was. `examples/onnx_stream.py` shows the loop around them. With --int8
-the weights of the layers' projections are eight-bit integers, and the activations are rounded to as many on the way.
+the convolution window (B, K - 1, H), whatever T was. `examples/onnx_stream.py` shows the loop around them. One of any
+other model, whose outputs have the names and shapes that they have in torch:
+
+    model.onnx: input_ids (B, T), attention_mask (B, T), or (B, C, T) of multiple choice -> logits, ...
+
+With --int8 the weights of the layers' projections are eight-bit integers, and the activations are rounded to as many
+on the way.
 """
 
 import argparse
@@ -18,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.export import Dim, ExportedProgram
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from . import modeling_minrnn
 from .backends import NAMESPACE
 from .causal_conv import causal_conv
 from .cells import cell_of
 from .dense_recurrence import dense_step
-from .modeling_minrnn import MinRNNForCausalLM
+from .modeling_minrnn import MinRNNForCausalLM, MinRNNForMultipleChoice, MinRNNPreTrainedModel
 from .scan import step_loop
 from .scan_blocks import ScanInputs
 
@@ -44,24 +51,44 @@ class FlatState(nn.Module):
         return logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
+class FlatOutputs(nn.Module):
+    """A model that leaves no state, with its outputs as a tuple."""
+
+    def __init__(self, model: MinRNNPreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).to_tuple()
+
+
 @torch.no_grad()
-def export_programs(model: MinRNNForCausalLM) -> dict[str, ExportedProgram]:
-    """`FlatState` of the model by torch.export, as "prefill" and "decode", for any B and any T >= 2 of a prompt.
+def export_programs(model: MinRNNPreTrainedModel) -> dict[str, ExportedProgram]:
+    """The model by torch.export, for any B and any T >= 2 of a prompt: `FlatState` of a language model, as "prefill"
+    and "decode", or `FlatOutputs`, as "model".
 
     These still call this package's operators, which makes them as fast as the model.
-    Raises ValueError for a model of another class, custom code from the Hub included.
+    Raises ValueError for a model of another library, custom code from the Hub included.
     """
-    if not isinstance(model, MinRNNForCausalLM):
-        raise ValueError(f"only a MinRNNForCausalLM of this package can be exported, not {type(model)}")
-    flat = FlatState(model.eval())
+    if not isinstance(model, MinRNNPreTrainedModel):
+        raise ValueError(f"only a model of this package can be exported, not {type(model)}")
+    model.eval()
+    batch, time = Dim("batch"), Dim("time", min=2)
     tokens = torch.zeros(2, 3, dtype=torch.long)
     prompt = (tokens, torch.ones_like(tokens))
+    if isinstance(model, MinRNNForMultipleChoice):
+        choices = tuple(tensor[:, None].repeat(1, 4, 1) for tensor in prompt)
+        shape = {0: batch, 1: Dim("choices", min=2), 2: time}
+        return {"model": torch.export.export(FlatOutputs(model), choices, dynamic_shapes=(shape, shape))}
+    shape = {0: batch, 1: time}
+    if not isinstance(model, MinRNNForCausalLM):
+        return {"model": torch.export.export(FlatOutputs(model), prompt, dynamic_shapes=(shape, shape))}
+    flat, rows = FlatState(model), {0: batch}
     _, *state = flat(*prompt)
-    batch, shape = {0: Dim("batch")}, {0: Dim("batch"), 1: Dim("time", min=2)}
     return {
         "prefill": torch.export.export(flat, prompt, dynamic_shapes=(shape, shape)),
         "decode": torch.export.export(
-            flat, (tokens[:, :1], None, *state), dynamic_shapes=(batch, None, (batch,) * len(state))
+            flat, (tokens[:, :1], None, *state), dynamic_shapes=(rows, None, (rows,) * len(state))
         ),
     }
 
@@ -98,6 +125,8 @@ def _plain_argsort(x, *, stable, dim, descending=False):
     return torch.topk(x, x.shape[dim], dim, descending).indices  # ONNX defines that equal values keep their order
 
 
+# Of the models whose output is not `logits` alone.
+OUTPUT_NAMES = {"MinRNNModel": ["last_hidden_state"], "MinRNNForQuestionAnswering": ["start_logits", "end_logits"]}
 # For the operators that ONNX does not know.
 DECOMPOSITIONS = {
     getattr(torch.ops, NAMESPACE).scan.default: _plain_scan,
@@ -107,8 +136,8 @@ DECOMPOSITIONS = {
 
 
 @torch.no_grad()  # or the scan would be traced with its derivative
-def export_onnx(model: MinRNNForCausalLM, folder: str | Path, int8: bool = False) -> None:
-    """Write prefill.onnx and decode.onnx into `folder`; each holds all the weights.
+def export_onnx(model: MinRNNPreTrainedModel, folder: str | Path, int8: bool = False) -> None:
+    """Write prefill.onnx and decode.onnx, or model.onnx, into `folder`; each holds all the weights.
 
     int8: quantised by onnxruntime's quantize_dynamic, with a scale for each row of a weight.
 
@@ -119,13 +148,15 @@ def export_onnx(model: MinRNNForCausalLM, folder: str | Path, int8: bool = False
         raise FileExistsError(f"{folder} is not empty: choose another folder")
     programs = export_programs(model)
     folder.mkdir(parents=True, exist_ok=True)
+    state = range(2 * model.config.num_hidden_layers)
+    masked = ["input_ids", "attention_mask"]
+    inputs = {"prefill": masked, "decode": ["input_ids", *(f"state_{i}" for i in state)], "model": masked}
+    of_state = ["logits", *(f"new_state_{i}" for i in state)]
     for name, program in programs.items():
-        state = range(2 * model.config.num_hidden_layers)
-        inputs = ["input_ids", *(["attention_mask"] if name == "prefill" else [f"state_{i}" for i in state])]
         exported = torch.onnx.export(
             program.run_decompositions(DECOMPOSITIONS),
-            input_names=inputs,
-            output_names=["logits", *(f"new_state_{i}" for i in state)],
+            input_names=inputs[name],
+            output_names=OUTPUT_NAMES.get(type(model).__name__, ["logits"]) if name == "model" else of_state,
             dynamo=True,
             verbose=False,
         )
@@ -139,16 +170,21 @@ def export_onnx(model: MinRNNForCausalLM, folder: str | Path, int8: bool = False
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Export a MinRNN language model to ONNX.")
+    parser = argparse.ArgumentParser(description="Export a MinRNN model to ONNX.")
     parser.add_argument("model", help="a model folder or a repository id")
     parser.add_argument("folder", help="a new folder for what is written")
-    parser.add_argument("--int8", action="store_true", help="eight-bit weights: a quarter of the size, 2 % off")
+    parser.add_argument("--int8", action="store_true", help="eight-bit weights: a quarter of the size, 2 %% off")
     options = parser.parse_args()
     try:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(options.model)
+        # Of another library: the message of `export_programs` names what was loaded.
+        model_class = getattr(modeling_minrnn, (config.architectures or [""])[0], AutoModelForCausalLM)
+        model = model_class.from_pretrained(options.model, dtype=torch.float32)
         export_onnx(model, options.folder, options.int8)
         AutoTokenizer.from_pretrained(options.model).save_pretrained(options.folder)
-        model.generation_config.save_pretrained(options.folder)
+        model.config.to_json_file(Path(options.folder, "config.json"))  # the names of the labels, and the end token
+        if model.can_generate():
+            model.generation_config.save_pretrained(options.folder)
     except (OSError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
 

@@ -21,11 +21,13 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -65,6 +67,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_minrnn.MinRNNForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_minrnn.MinRNNForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_minrnn.MinRNNForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_minrnn.MinRNNForMultipleChoice",
 }
 
 
@@ -75,6 +78,7 @@ TASK_NAMES = {
     "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "ForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "ForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "ForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
 }
 
 # What libraries pass to any model, beside the arguments of MinRNNModel.forward; none of it changes what is computed.
@@ -485,7 +489,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             or self.training
             or self.config.scan_backend not in ("auto", "numba")
             or type(hidden_states) is not Tensor
-            or hidden_states.dtype != torch.float32
+            or hidden_states.dtype not in (torch.float32, torch.bfloat16)
             or resolve_backend(self.config.scan_backend, hidden_states.device.type, hidden_states.dtype) != "numba"
             or torch.is_autocast_enabled("cpu")
             or torch._C._get_tracing_state() is not None
@@ -769,18 +773,44 @@ class MinRNNForMaskedLM(MinRNNLanguageModel):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
+class MinRNNSequenceScorer(MinRNNPreTrainedModel):
     """MinRNNModel with a linear head on the last real token, which has seen all; of a bidirectional model, on the mean
     of all real tokens, since its last one has seen the others from one side only."""
+
+    def __init__(self, config: MinRNNConfig, num_scores: int):
+        super().__init__(config)
+        self.model = MinRNNModel(config)
+        self.score = nn.Linear(config.hidden_size, num_scores, bias=False)
+        self.post_init()
+
+    def scores(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs
+    ) -> tuple[Tensor, BaseModelOutputWithPast]:
+        """(B, num_scores) of sequences (B, T), and what the model returned."""
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        B, T = hidden_states.shape[:2]
+        real = hidden_states.new_ones(B, T, dtype=torch.bool)
+        if attention_mask is not None:
+            real = attention_mask[:, -T:].to(hidden_states.device) != 0
+        if self.config.bidirectional:
+            pooled = (hidden_states * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        else:
+            last = (real * torch.arange(T, device=hidden_states.device)).argmax(-1)
+            pooled = hidden_states[torch.arange(B, device=hidden_states.device), last]
+        return self.score(pooled), outputs
+
+
+class MinRNNForSequenceClassification(MinRNNSequenceScorer):
+    """A class, several, or numbers for each sequence."""
 
     task = "ForSequenceClassification"
 
     def __init__(self, config: MinRNNConfig):
-        super().__init__(config)
+        super().__init__(config, config.num_labels)
         self.num_labels = config.num_labels
-        self.model = MinRNNModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -800,27 +830,14 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
 
         The other arguments are those of MinRNNModel.
         """
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = input_ids != self.config.pad_token_id
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+        logits, outputs = self.scores(
+            input_ids,
+            attention_mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        B, T = hidden_states.shape[:2]
-        real = hidden_states.new_ones(B, T, dtype=torch.bool)
-        if attention_mask is not None:
-            real = attention_mask[:, -T:].to(hidden_states.device) != 0
-        if self.config.bidirectional:
-            pooled = (hidden_states * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-        else:
-            last = (real * torch.arange(T, device=hidden_states.device)).argmax(-1)
-            pooled = hidden_states[torch.arange(B, device=hidden_states.device), last]
-        logits = self.score(pooled)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config, **kwargs)
@@ -832,8 +849,54 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
         )
 
 
+class MinRNNForMultipleChoice(MinRNNSequenceScorer):
+    """Which of C sequences is right: a score for each, read alone, and a softmax over the C."""
+
+    task = "ForMultipleChoice"
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config, 1)
+        self.loss_function = fixed_cross_entropy  # transformers has none for this task
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        """
+        Args:
+            input_ids: (B, C, T); or inputs_embeds: (B, C, T, H).
+            attention_mask: (B, C, T); without one, tokens equal to config.pad_token_id are padding.
+            labels: (B,) the number of the right choice, 0..C - 1, or -100 for no loss.
+
+        The other arguments are those of MinRNNModel, with B * C rows or, like these, (B, C, ...). The hidden states
+        that are returned have B * C rows.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.dim() != (4 if input_ids is None else 3):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"input_ids must be (B, C, T) or inputs_embeds (B, C, T, H), not {shape}")
+
+        def rows(value):
+            return value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 2 else value
+
+        others = {name: rows(value) for name, value in kwargs.items()}
+        scores, outputs = self.scores(
+            rows(input_ids), rows(attention_mask), inputs_embeds=rows(inputs_embeds), **others
+        )
+        logits = scores.view(given.shape[:2])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits.float(), labels.to(logits.device), **kwargs)
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
 class MinRNNForTokenClassification(MinRNNPreTrainedModel):
-    """MinRNNModel with a linear head on every token."""
+    """MinRNNModel with a linear head on every token: a class or, with problem_type="regression", numbers for each."""
 
     task = "ForTokenClassification"
 
@@ -851,21 +914,46 @@ class MinRNNForTokenClassification(MinRNNPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """
         Args:
-            labels: (B, T) classes, -100 where there is no loss.
+            labels: (B, T) classes, -100 where there is no loss. For regression numbers, (B, T, num_labels) or with one
+                label (B, T); there is no loss at padding either.
 
-        The other arguments are those of MinRNNModel.
+        The other arguments are those of MinRNNModel. The loss of a regression is the mean squared error.
         """
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
-        if labels is not None:
+        if labels is not None and self.config.problem_type == "regression":
+            loss = token_regression_loss(logits, labels, attention_mask, **kwargs)
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def token_regression_loss(
+    predicted: Tensor, labels: Tensor, attention_mask: Tensor | None, num_items_in_batch=None, **kwargs
+) -> Tensor:
+    """Mean of (predicted - labels)^2 over the numbers (B, T, num_labels) that are neither padding nor -100, the mark
+    that Trainer leaves out when it counts them; a sum over num_items_in_batch where that is given.
+
+    Raises ValueError for integer labels, to which DataCollatorForTokenClassification rounds, and for other shapes.
+    """
+    if not labels.is_floating_point():
+        raise ValueError(f"labels of a regression must be floating-point numbers, not {labels.dtype}")
+    if labels.shape != predicted.shape and (*labels.shape, 1) != predicted.shape:
+        raise ValueError(f"labels must be {tuple(predicted.shape)}, not {tuple(labels.shape)}")
+    predicted = predicted.float()
+    labels = labels.to(predicted).view_as(predicted)
+    counted = labels != -100
+    if attention_mask is not None:
+        counted &= (attention_mask[:, -labels.shape[1] :, None] != 0).to(labels.device)
+    # What is not counted may be anything, NaN too, and has no gradient.
+    squares = (predicted - labels.where(counted, predicted.detach())).square()
+    return squares.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class MinRNNForQuestionAnswering(MinRNNPreTrainedModel):
@@ -926,4 +1014,5 @@ __all__ = [
     "MinRNNForSequenceClassification",
     "MinRNNForTokenClassification",
     "MinRNNForQuestionAnswering",
+    "MinRNNForMultipleChoice",
 ]

@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from contextvars import ContextVar
+from functools import partial
 from typing import Annotated, Any
 
 import transformers
@@ -43,7 +44,7 @@ INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # Fields that would change the answer and do not, with the values that ask for no change.
 NOT_OBEYED: dict[str, tuple] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "stop": ([], ""),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
     "response_format": ({"type": "text"},),
 }  # fmt: skip
 
@@ -78,6 +79,9 @@ class CheckedHandler(utils.BaseHandler):
             refuse(400, "messages must be a list of at least one object with a role and a content")
         if isinstance(self, chat_completion.ChatCompletionHandler) and "messages" not in body:
             refuse(400, "messages are missing")
+        stops = body.get("stop") or []
+        if not (isinstance(stops, str) or (isinstance(stops, list) and all(x and isinstance(x, str) for x in stops))):
+            refuse(400, f"stop must be a text or a list of texts, not {stops!r}")
         for name, neutral in NOT_OBEYED.items():
             if body.get(name) is not None and body[name] not in neutral:
                 refuse(400, f"{name} is not obeyed with continuous batching: leave it out")
@@ -139,6 +143,38 @@ class CompletionHandler(CheckedHandler, completion.CompletionHandler):
         return f"data: {json.dumps(chunk | {'choices': choices})}\n\n"
 
 
+class UntilStop:
+    """Hands pieces of a text on to a queue, up to the first of some texts. What may begin one waits for more."""
+
+    def __init__(self, pieces: asyncio.Queue, stops: str | list[str] | None):
+        self._pieces, self._held, self.has_stopped = pieces, "", False
+        self._stops = [stops] if isinstance(stops, str) else stops or []
+
+    def put_nowait(self, piece) -> None:
+        """A text, or what ends the stream: an error or None."""
+        if self.has_stopped:
+            return
+        if isinstance(piece, str):
+            text = self._held + piece
+            found = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+            self.has_stopped = bool(found)
+            sent = min(found, default=len(text) - max(map(partial(_begun, text), self._stops), default=0))
+            self._held = text[sent:]
+            if sent:
+                self._pieces.put_nowait(text[:sent])
+            if self.has_stopped:
+                self._pieces.put_nowait(None)
+        else:
+            if self._held:
+                self._pieces.put_nowait(self._held)
+            self._pieces.put_nowait(piece)
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of stop."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
 class RowGenerateManager(utils.CBGenerateManager):
     """transformers' manager of requests to a model, with limits, settings of each request, and none left behind."""
 
@@ -195,12 +231,19 @@ class RowGenerateManager(utils.CBGenerateManager):
         return name
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
-        texts: asyncio.Queue = asyncio.Queue()
+        if gen_config.stop_strings and utils.get_response_template(processor, model) is not None:
+            refuse(400, "stop is not obeyed where the tokenizer has a response template: leave it out")
+        queue: asyncio.Queue = asyncio.Queue()
+        texts = UntilStop(queue, gen_config.stop_strings)
         tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
 
         def take(output) -> None:
+            if texts.has_stopped:
+                return
             try:
                 streamer.put(output)
+                if texts.has_stopped:
+                    streamer.cancel()
                 if output.error is not None:
                     texts.put_nowait(utils._StreamError(json.dumps(output.error)[1:-1]))  # goes into quotes
                 if output.is_finished():
@@ -212,9 +255,11 @@ class RowGenerateManager(utils.CBGenerateManager):
         streamer = utils.CBStreamer(
             self._cb, name, tokenizer, asyncio.get_running_loop(), texts, response_parser=response_parser
         )
-        return texts, streamer
+        return queue, streamer
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
+        if gen_config.stop_strings:
+            return await self._generate_until_stop(model, processor, inputs, gen_config, request_id)
         result = asyncio.get_running_loop().create_future()
         name = self._submit(inputs, gen_config, lambda output: result.done() or result.set_result(output), False)
         try:
@@ -226,6 +271,19 @@ class RowGenerateManager(utils.CBGenerateManager):
             refuse(503, output.error)
         tokens = output.generated_tokens
         return processor.decode(tokens, skip_special_tokens=True), len(inputs["input_ids"]), tokens
+
+    async def _generate_until_stop(self, model, processor, inputs, gen_config, request_id):
+        texts, streamer = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        text = ""
+        try:
+            while (piece := await texts.get()) is not None:
+                if isinstance(piece, utils._StreamError):
+                    refuse(503, piece.msg)
+                text += piece
+        except asyncio.CancelledError:  # the client has gone
+            streamer.cancel()
+            raise
+        return text, len(inputs["input_ids"]), range(streamer.total_tokens)
 
     def stop(self) -> None:
         self._cb.stop(timeout=2, hard_stop=True)

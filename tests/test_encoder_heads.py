@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import CELLS, WrittenOut, assert_close, random_ids, small_config, small_model
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorForMultipleChoice, DataCollatorForTokenClassification, Trainer, TrainingArguments
 
 from modeling_minrnn import (
     MinRNNForMaskedLM,
+    MinRNNForMultipleChoice,
     MinRNNForQuestionAnswering,
     MinRNNForSequenceClassification,
     MinRNNForTokenClassification,
@@ -26,6 +27,18 @@ LETTERS = "abcdefgh"
 def rows():
     """(row, the ids of that row without its padding) of the batch above."""
     return [(row, IDS[row : row + 1, MASK[row].bool()]) for row in range(4)]
+
+
+def arguments(folder, **fields):
+    return TrainingArguments(
+        str(folder),
+        learning_rate=0.01,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **fields,
+    )
 
 
 # ---- Masked language model
@@ -75,11 +88,8 @@ def test_trainer_trains_a_masked_language_model_to_use_what_comes_after(tmp_path
     # The masked letter is told by the last one, which the convolution alone does not reach.
     inputs = tokenizer([f"<mask>---{letter}" for letter in LETTERS]).input_ids
     dataset = [{"input_ids": ids, "labels": [ids[-1], *[-100] * 4]} for ids in inputs] * 2
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=400, learning_rate=0.01, per_device_train_batch_size=16, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    Trainer(model, arguments, train_dataset=dataset).train()
+    settings = arguments(tmp_path, max_steps=400, per_device_train_batch_size=16)
+    Trainer(model, settings, train_dataset=dataset).train()
     predicted = model.eval()(torch.tensor(inputs)).logits[:, 0].argmax(-1)
     assert tokenizer.decode(predicted) == LETTERS
 
@@ -165,3 +175,126 @@ def test_an_answer_outside_the_sequence_has_no_loss():
     expected = [F.cross_entropy(logits[:1], outside[:1]) for logits in (output.start_logits, output.end_logits)]
     assert_close(output.loss, sum(expected) / 2)
     assert model(IDS).loss is None and model(IDS, start_positions=outside).loss is None
+
+
+# ---- Multiple choice
+
+CHOICES = {"input_ids": IDS.view(2, 2, 9), "attention_mask": MASK.view(2, 2, 9)}
+
+
+@both_directions
+def test_each_choice_is_scored_as_if_it_were_read_alone_and_the_loss_is_over_the_choices(bidirectional):
+    model = small_model(model_class=MinRNNForMultipleChoice, bidirectional=bidirectional, pad_token_id=0)
+    labels = torch.tensor([1, 0])
+    output = model(**CHOICES, labels=labels)
+    scores = []
+    for _, alone in rows():
+        hidden_states = model.model(alone).last_hidden_state[0]
+        scores.append((hidden_states.mean(0) if bidirectional else hidden_states[-1]) @ model.score.weight[0])
+    scores = torch.stack(scores).view(2, 2)
+    assert_close(output.logits, scores)
+    assert_close(output.loss, -(scores[0].log_softmax(0)[1] + scores[1].log_softmax(0)[0]) / 2)
+    assert_close(model(**CHOICES, labels=labels, num_items_in_batch=8).loss, output.loss / 4)
+    parameters = [*model.parameters()]
+    for actual, expected in zip(
+        torch.autograd.grad(output.loss, parameters), torch.autograd.grad(F.cross_entropy(scores, labels), parameters)
+    ):
+        assert actual.any()
+        assert_close(actual, expected)
+    # Without a mask, it is read from the padding tokens; with embeddings, from the mask alone.
+    padded = CHOICES["input_ids"].masked_fill(CHOICES["attention_mask"] == 0, 0)
+    assert_close(model(padded).logits, output.logits)
+    embeddings = model.get_input_embeddings()(CHOICES["input_ids"])
+    assert_close(model(inputs_embeds=embeddings, attention_mask=CHOICES["attention_mask"]).logits, output.logits)
+
+
+def test_choices_of_one_dimension_too_few_are_refused():
+    model = small_model(model_class=MinRNNForMultipleChoice)
+    with pytest.raises(ValueError, match=r"must be \(B, C, T\) or .* not \(4, 9\)"):
+        model(IDS)
+    with pytest.raises(ValueError, match="must be .* not None"):
+        model()
+
+
+def test_trainer_trains_to_choose_and_accumulates_choices_as_one_batch(tmp_path):
+    tokenizer = byte_tokenizer()
+    dataset = []
+    for i, letter in enumerate(LETTERS):
+        right = i % 3
+        texts = [f"{letter}-{letter if choice == right else '?' * (choice + 1)}" for choice in range(3)]
+        dataset.append({**tokenizer(texts), "label": right})
+    results = []
+    for accumulated in (1, 4):
+        torch.manual_seed(0)
+        model = MinRNNForMultipleChoice(small_config(vocab_size=len(tokenizer), pad_token_id=257, hidden_size=32))
+        settings = arguments(
+            tmp_path, max_steps=30, per_device_train_batch_size=8 // accumulated,
+            gradient_accumulation_steps=accumulated, logging_steps=1, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(model, settings, DataCollatorForMultipleChoice(tokenizer), train_dataset=dataset)
+        trainer.train()
+        results.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert results[0][-1] < 0.1 * results[0][0]
+
+
+# ---- Numbers for tokens
+
+
+@both_directions
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_the_loss_of_numbers_for_tokens_is_the_squared_error_without_padding_and_what_is_not_labelled(
+    bidirectional, num_labels
+):
+    fields = {"bidirectional": bidirectional, "num_labels": num_labels, "problem_type": "regression"}
+    model = small_model(model_class=MinRNNForTokenClassification, **fields)
+    labels = torch.randn(4, 9, num_labels, generator=torch.Generator().manual_seed(0))
+    labels[MASK == 0] = float("nan")
+    labels[3, 4] = -100
+    output = model(IDS, attention_mask=MASK, labels=labels)
+    squares = []
+    for row, alone in rows():
+        predicted = model.score(model.model(alone).last_hidden_state)[0]
+        wanted = labels[row, MASK[row].bool()]
+        squares += [(a - b) ** 2 for a, b in zip(predicted.flatten(), wanted.flatten()) if b != -100]
+    assert len(squares) == num_labels * (int(MASK.sum()) - 1)
+    expected = torch.stack(squares).mean()
+    assert_close(output.loss, expected)
+    assert_close(
+        model(IDS, attention_mask=MASK, labels=labels, num_items_in_batch=7).loss, torch.stack(squares).sum() / 7
+    )
+    for actual, wanted in zip(
+        torch.autograd.grad(output.loss, [*model.parameters()]), torch.autograd.grad(expected, [*model.parameters()])
+    ):
+        assert actual.any()
+        assert_close(actual, wanted)
+    if num_labels == 1:
+        assert torch.equal(model(IDS, attention_mask=MASK, labels=labels[..., 0]).loss, output.loss)
+
+
+def test_labels_of_a_regression_that_were_rounded_or_have_another_shape_are_refused():
+    model = small_model(model_class=MinRNNForTokenClassification, num_labels=2, problem_type="regression")
+    collate = DataCollatorForTokenClassification(byte_tokenizer())
+    batch = collate([{"input_ids": [1, 2], "labels": [0.25, 0.75]}])
+    with pytest.raises(ValueError, match="floating-point numbers, not torch.int64"):
+        model(**batch)
+    for shape in ((4, 9), (4, 9, 1), (4, 9, 3), (9, 4, 2)):
+        with pytest.raises(ValueError, match=r"labels must be \(4, 9, 2\), not \("):
+            model(IDS, labels=torch.zeros(shape))
+
+
+def test_trainer_trains_numbers_for_tokens(tmp_path):
+    torch.manual_seed(0)
+    fields = {"num_labels": 1, "problem_type": "regression", "hidden_size": 32}
+    model = MinRNNForTokenClassification(small_config(**fields))
+    ids = random_ids(16, 9)
+    # How far up the vocabulary the token before is: within reach of the recurrence and the convolution.
+    labels = F.pad(ids[:, :-1], (1, 0)) / 37
+    dataset = [{"input_ids": row, "labels": numbers} for row, numbers in zip(ids, labels)]
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=100, per_device_train_batch_size=16, logging_steps=1),
+        train_dataset=dataset,
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.1 * labels.var()

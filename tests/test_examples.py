@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import re
 import runpy
 import subprocess
@@ -13,6 +14,8 @@ import torch
 from printable_model import continuation, printable_model, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples import finetune_chat
+from examples.tiny_model import load
 from training.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -43,11 +46,6 @@ def folder(model, tmp_path_factory):
     return save(model, tmp_path_factory.mktemp("examples") / "model")
 
 
-def test_generate_prints_the_prompt_and_as_many_bytes_as_asked(run):
-    output = run("examples.generate", "--prompt", "import ", "--max-new-tokens", 30)
-    assert output.startswith("import ") and len(output) > len("import ") + 10
-
-
 def test_chat_answers_from_its_state_what_a_model_answers_that_reads_the_whole_transcript(model, folder, run):
     output = run("examples.chat", "--model", folder, "--max-new-tokens", 20, text="hello\nand then?\n")
     first, first_size, second, second_size = output.splitlines()
@@ -74,6 +72,72 @@ def test_lora_learns_and_leaves_a_model_that_needs_no_peft(folder, run, tmp_path
     with torch.no_grad():
         assert tuned(**batch, labels=labels).loss.item() == pytest.approx(after, rel=0.02)  # a mean of batches' means
     assert after < before - 0.5
+
+
+def test_finetune_chat_trains_a_model_that_chats_from_its_folder(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(finetune_chat, "TRAINING", 200)
+    monkeypatch.setattr(finetune_chat, "HELD_OUT", 4)
+    monkeypatch.setattr(sys, "argv", ["finetune_chat", "--output", str(tmp_path / "chat"), "--steps", "6"])
+    finetune_chat.main()
+    model, tokenizer = (auto.from_pretrained(tmp_path / "chat") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    start, _ = load(None)
+    rng, losses = random.Random(1), []
+    batch = [finetune_chat.make_dialogue(rng) for _ in range(4)]
+    inputs = [tokenizer.apply_chat_template(each, return_tensors="pt")["input_ids"] for each in batch]
+    for each in (start, model):
+        with torch.no_grad():
+            losses.append(sum(each(ids, labels=ids).loss.item() for ids in inputs) / 4)
+    assert losses[1] < losses[0] - 0.3
+    output = run("examples.chat", "--model", tmp_path / "chat", "--max-new-tokens", 5, text="Hello, I am Ada.\n")
+    assert " tokens in a state of " in output
+
+
+def test_dialogues_are_answered_rightly_and_right_is_letter_by_letter(model):
+    rng = random.Random(0)
+    for _ in range(30):
+        *greeting, question, answer, other, last = (each["content"] for each in finetune_chat.make_dialogue(rng))
+        name = re.fullmatch(r"Hello, I am (\w+)\.", greeting[0])[1]
+        assert greeting[1] == f"Hello, {name}!" and question != other
+        for asked, told in ((question, answer), (other, last)):
+            a, b, word = re.fullmatch(
+                r"(?:What is (\d) plus (\d)\?|Say (\w+) twice\.|What is my name\?)", asked
+            ).groups()
+            right = (
+                f"{a} plus {b} is {int(a) + int(b)}." if a else f"{word} {word}" if word else f"Your name is {name}."
+            )
+            assert told == right
+    said = continuation(model, "user: hello<eos>assistant: ", 40)
+    dialogues = [finetune_chat.turn("hello", said), finetune_chat.turn("hello", said[:-1] + "?")]
+    assert finetune_chat.share_right(model, byte_tokenizer(), dialogues) == 0.5
+
+
+def test_dpo_learns_preferences_that_hold_for_pairs_it_has_not_seen(run, tmp_path):
+    output = run("examples.dpo", "--output", "dpo", "--steps", 12)
+    accuracy, loss = re.search(r"held-out pairs learned: (\d+)%, loss (\S+) ", output).groups()
+    assert int(accuracy) > 95 and float(loss) < 0.5
+    start, tokenizer = load(None)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "dpo")
+    margins = []
+    for each in (start, tuned):
+        sums = []
+        for answer in ("7.", "Well, 3 plus 4, let me see, is 7."):
+            question = "user: What is 3 plus 4?<eos>assistant: "
+            ids = torch.tensor(tokenizer(f"{question}{answer}<eos>").input_ids)[None]
+            with torch.no_grad():
+                likely = each(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            sums.append(likely[len(tokenizer(question).input_ids) - 1 :].sum().item())
+        margins.append(sums[0] - sums[1])
+    assert margins[1] > margins[0] + 5
+
+
+def test_grpo_learns_what_is_rewarded(run, tmp_path):
+    output = run("examples.grpo", "--output", "grpo", "--steps", 12)
+    first, last = map(float, re.search(r"first step (\S+), of the last (\S+)", output).groups())
+    assert last > first + 0.3
+    tuned, tokenizer = (auto.from_pretrained(tmp_path / "grpo") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    with torch.no_grad():
+        likely = tuned(tokenizer("Number 7: ", return_tensors="pt").input_ids).logits[0, -1].softmax(-1)
+    assert likely[ord("0") : ord("9") + 1].sum() > 0.3  # of bytes drawn evenly 0.04
 
 
 def test_classify_learns_to_tell_questions_from_statements(run):

@@ -1,6 +1,7 @@
 """Exported programs compute what the model does, for any batch and time, and write the same text."""
 
 import itertools
+import json
 import re
 import sys
 
@@ -11,8 +12,10 @@ from onnxruntime import InferenceSession
 from small_models import CELLS, SHAPES, WrittenOut, assert_close, random_ids, small_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import modeling_minrnn
 from examples.onnx_stream import generate
 from modeling_minrnn.export import export_onnx, export_programs, main
+from training.tokenizers import byte_tokenizer
 
 # torch.export says so of its own tree specifications when it copies them.
 pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
@@ -114,6 +117,53 @@ def test_onnx_files_need_no_operators_but_those_of_onnx(exported):
         assert {imported.domain for imported in onnx.load(path).opset_import} == {""}
 
 
+HEADS = {
+    "Model": {},
+    "ForMaskedLM": {"bidirectional": True},
+    "ForSequenceClassification": {"bidirectional": True, "conv_kernel_size": 3},
+    "ForTokenClassification": {},
+    "ForQuestionAnswering": {},
+    "ForMultipleChoice": {},  # reads the last real token, as a causal sequence classifier does
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_a_padded_batch_through_the_onnx_file_of_a_head_is_its_rows_alone_through_torch(name, tmp_path, monkeypatch):
+    fields = {
+        "num_labels": 3,
+        "vocab_size": 258,
+        "num_hidden_layers": 1,
+        "conv_kernel_size": 0,
+        "intermediate_size": 0,
+    }
+    model = small_model("minlstm", getattr(modeling_minrnn, f"MinRNN{name}"), **fields | HEADS[name])
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "model"), str(tmp_path / "onnx")])
+    main()
+    session = InferenceSession(tmp_path / "onnx" / "model.onnx")
+    assert {imported.domain for imported in onnx.load(tmp_path / "onnx" / "model.onnx").opset_import} == {""}
+    assert "id2label" in json.loads((tmp_path / "onnx" / "config.json").read_text())
+
+    of_choices = name == "ForMultipleChoice"
+    for ids, mask in (
+        padded_on_the_left(random_ids(6, 7), 0, 3, 6, 1, 1, 2),
+        padded_on_the_left(random_ids(2, 2), 0, 1),
+    ):
+        ids[1], mask[1] = ids[1].flip(0), mask[1].flip(0)  # padding on the right
+        shape = (2, -1, ids.shape[1]) if of_choices else ids.shape
+        outputs = session.run(None, {"input_ids": ids.view(shape).numpy(), "attention_mask": mask.view(shape).numpy()})
+        alone = [
+            model(row[None, None] if of_choices else row[None], use_cache=False)
+            for row in (row[real.bool()] for row, real in zip(ids, mask))
+        ]
+        assert [value.name for value in session.get_outputs()] == list(alone[0])
+        for key, actual in zip(alone[0], map(torch.tensor, outputs)):
+            actual = actual if name in ("ForSequenceClassification", "ForMultipleChoice") else actual[mask.bool()]
+            assert_close(actual.flatten(), torch.cat([output[key].flatten() for output in alone]))
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     model_of("mingru").save_pretrained(tmp_path / "model")
     LlamaForCausalLM(
@@ -123,7 +173,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch, c
     (tmp_path / "full" / "thesis.txt").write_text("irreplaceable")
     for model, folder, message in (
         ("model", "full", "full is not empty: choose another folder"),
-        ("llama", "new", "only a MinRNNForCausalLM of this package can be exported, not .*LlamaForCausalLM"),
+        ("llama", "new", "only a model of this package can be exported, not .*LlamaForCausalLM"),
         ("absent", "new", "absent"),
     ):
         monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / model), str(tmp_path / folder)])

@@ -16,17 +16,18 @@ from printable_model import continuation, printable_model, save
 ROOT = Path(__file__).parent.parent
 
 
-def run(*command, cwd):
+def run(*command, cwd, status=0):
+    """What a command prints, or where it is to fail, what it says last."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     process = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    assert process.returncode == status, process.stdout + process.stderr
+    return process.stderr.splitlines()[-1] if status else process.stdout
 
 
 def test_the_wheel_runs_the_first_snippet_of_the_readme_where_nothing_else_of_the_project_is(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "minrnn.py"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "modeling_minrnn", source / "modeling_minrnn", ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -35,7 +36,7 @@ def test_the_wheel_runs_the_first_snippet_of_the_readme_where_nothing_else_of_th
     (archive,), (wheel,) = (tmp_path / "dist").glob("*.tar.gz"), (tmp_path / "dist").glob("*.whl")
     files = {f"modeling_minrnn/{path.name}" for path in (ROOT / "modeling_minrnn").iterdir() if path.is_file()}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert packed == files
+    assert packed == files | {"minrnn.py"}
     with tarfile.open(archive) as tar:
         assert files | {"LICENSE", "README.md"} <= {name.partition("/")[2] for name in tar.getnames()}
 
@@ -52,4 +53,9 @@ def test_the_wheel_runs_the_first_snippet_of_the_readme_where_nothing_else_of_th
     output = run(python, "-I", "-c", snippet + "\nprint(modeling_minrnn.__file__)", cwd=tmp_path)
     text, path = output.splitlines()
     assert text == "import " + continuation(model, "import ", 100)
+    command = python.with_name("minrnn")
+    options = ("--temperature", "0", "--max-new-tokens", "100")
+    assert run(command, "sample", "runs/demo", "import ", *options, cwd=tmp_path) == text + "\n"
+    error = run(command, "train", "demo.yaml", cwd=tmp_path, status=2)
+    assert error.startswith("minrnn: error: train is not in the installed package: clone")
     assert path == str(installed / "modeling_minrnn" / "__init__.py")

@@ -191,6 +191,36 @@ def test_a_client_has_its_own_sampling_settings(model, server):
         assert answer.choices[0].text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def test_a_text_ends_before_the_first_of_its_stops_and_with_it_the_request(started, model):
+    folder, process = started
+    client = openai.OpenAI(base_url=process.url + "/v1", api_key="none")
+    text = continuation(model, "def main", TOKENS)
+    chat = continuation(model, "user: hi<eos>assistant: ", TOKENS)
+
+    def completion(**settings):
+        answer = client.completions.create(model=folder, prompt="def main", temperature=0, **settings)
+        pieces = [piece.choices[0] for piece in answer] if "stream" in settings else [answer.choices[0]]
+        return "".join(piece.text for piece in pieces), pieces[-1].finish_reason
+
+    for stops in (text[9:12], [text[9:12], text[4:6], "!"], [text[4], "!" + text], text[0]):
+        expected = text[
+            : min(text.find(stop) for stop in ([stops] if isinstance(stops, str) else stops) if stop in text)
+        ]
+        before = process.stats()["written_tokens"]
+        for stream in ({}, {"stream": True}):
+            assert completion(stop=stops, max_tokens=5000, **stream) == (expected, "stop"), stops
+        assert process.stats()["written_tokens"] - before < 1000
+    content = chat.partition(chat[5:7])[0]
+    answer = client.chat.completions.create(
+        model=folder, messages=MESSAGES, temperature=0, max_tokens=TOKENS, stop=chat[5:7]
+    )
+    assert answer.choices[0].message.content == content
+    for stream in ({}, {"stream": True}):  # what was held back comes with the end
+        assert completion(stop=[text[-3:] + "!", "!"], max_tokens=TOKENS, **stream) == (text, "length")
+    while process.stats()["active"]:
+        time.sleep(0.01)
+
+
 def test_a_next_turn_of_a_chat_reads_only_what_is_new(started):
     folder, process = started
     client = openai.OpenAI(base_url=process.url + "/v1", api_key="none")
@@ -238,7 +268,13 @@ def test_wrong_requests_are_refused_with_a_status_and_a_reason(server):
         (400, completions, {"prompt": "a", "temperature": 1e-40}, "temperature must be 0 or a number"),
         (400, completions, {"prompt": "a", "top_p": 2}, "top_p must be 0 or a number"),
         (400, completions, {"prompt": "a", "seed": "x"}, "seed must be a whole number"),
-        (400, completions, {"prompt": "a", "stop": ["b"]}, "stop is not obeyed"),
+        (
+            400,
+            completions,
+            {"prompt": "a", "stop": ["b", ""]},
+            "stop must be a text or a list of texts, not ['b', '']",
+        ),
+        (400, chat, {"messages": MESSAGES, "stop": 3}, "stop must be a text"),
         (400, completions, {"prompt": "a", "n": 2}, "n is not obeyed"),
         (400, completions, {"prompt": "a", "warmth": 2}, "Unexpected fields"),
         (400, chat, {}, "messages are missing"),

@@ -139,3 +139,45 @@ def test_whatever_trl_marks_documents_with_they_are_read_alone(rows, multiple, p
     real = batch.get("attention_mask", batch["input_ids"] != 257).bool()
     alone = torch.cat([model(part[None]).logits[0] for part in parts])
     assert_close(logits[real], alone)
+
+
+DIALOGUES = [
+    [
+        ("system", "Be kind."),
+        ("user", "Grüß dich, 世界"),
+        ("assistant", "Schön, 日本!"),
+        ("user", "?"),
+        ("assistant", ""),
+    ],
+    [("user", "assistant: is what you are"), ("assistant", "user: is what you are")],
+]
+
+
+def marked(dialogue):
+    """The ids of a dialogue and True where the assistant writes, put together piece by piece."""
+    ids, learned, tokenizer = [], [], byte_tokenizer()
+    for role, content in dialogue:
+        for text, of_assistant in ((f"{role}: ", False), (f"{content}<eos>", role == "assistant")):
+            piece = tokenizer(text).input_ids
+            ids += piece
+            learned += [of_assistant] * len(piece)
+    return torch.tensor(ids), torch.tensor(learned)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_assistant_only_loss_is_that_of_each_token_of_the_assistants_turns_and_their_ends(packing, settings):
+    model, tokenizer = byte_model(), byte_tokenizer()
+    messages = [[{"role": role, "content": content} for role, content in dialogue] for dialogue in DIALOGUES]
+    total, count = 0, 0
+    for dialogue, each in zip(DIALOGUES, messages):
+        ids, learned = marked(dialogue)
+        told = tokenizer.apply_chat_template(each, return_dict=True, return_assistant_tokens_mask=True)
+        assert told["input_ids"] == ids.tolist() and [bool(x) for x in told["assistant_masks"]] == learned.tolist()
+        log_probabilities = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        total, count = total - log_probabilities[learned[1:]].sum(), count + int(learned[1:].sum())
+    settings |= {"assistant_only_loss": True, "max_length": 256, "packing": packing}
+    data = datasets.Dataset.from_list([{"messages": each} for each in messages])
+    trainer = trl.SFTTrainer(
+        model, trl.SFTConfig(**settings), train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx((total / count).item(), rel=1e-6)

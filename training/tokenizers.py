@@ -13,9 +13,12 @@ PADDING = "<pad>"
 UNKNOWN = "<unk>"
 # What to generate from ends in a token, not in padding; the models have no use for token_type_ids.
 SETTINGS = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
-# A conversation as plain text, in which a turn ends as a document does: "user: Hello.<eos>assistant: Hi.<eos>".
+# A conversation as plain text, in which a turn ends as a document does: "user: Hello.<eos>assistant: Hi.<eos>". Marked
+# is what the assistant generates, the end of its turn included: trainers can learn from that alone.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 

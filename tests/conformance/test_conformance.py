@@ -53,6 +53,7 @@ class ModelTester:
     is_training = True
     batch_size = 3
     seq_length = 7
+    num_choices = 2
     hidden_size = 32
     num_hidden_layers = 2
     vocab_size = 99
