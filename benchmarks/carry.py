@@ -2,8 +2,8 @@
 
     python benchmarks/carry.py [--folder .wheels] [--seconds 480]
 
-Downloads the packages into the folder, checks that Python 3.12 on 64-bit Linux takes each of them, once, and prints the
-line to run there, in the folder of the repository. There torch 2.11, triton 3.6 and transformers 5.17 or later are
+Downloads the packages into the folder, checks that Python 3.12 on 64-bit Linux takes each of them, once, and prints
+the line to run there, in the folder of the repository. There torch 2.11, triton 3.6 and transformers 5.17 or later are
 installed, and what those need. Packages are installed without their dependencies.
 """
 

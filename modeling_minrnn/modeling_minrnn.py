@@ -99,6 +99,7 @@ logger = logging.get_logger(__name__)
 
 NO_LOGITS = torch.empty(0, dtype=torch.long)  # for `logits_to_keep`: the loss alone
 LOSS_CHUNK_ELEMENTS = 1 << 25  # logits at a time, 128 MiB in float32
+LOSS_CHUNK_ELEMENTS_ACCELERATOR = 1 << 27  # with 50,000 words 2,700 tokens: the rows of a product that fills a GPU
 DIAGNOSIS_CHUNK_TOKENS = 4096
 
 
@@ -592,11 +593,15 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
-        """The mask of the new tokens alone, in shape and strides the same from step to step of a static cache."""
+        """The mask of the new tokens alone, None where it is ones: a compiled step cannot ask. In shape and strides the
+        same from step to step of a static cache."""
         if attention_mask is None:
             return None
+        new = attention_mask[:, -inputs_embeds.shape[1] :]
+        if not torch.compiler.is_compiling() and (new != 0).all():
+            return None
         # `contiguous` would keep the strides of the longer mask in a batch of one, for which any strides will do.
-        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+        return new.clone(memory_format=torch.contiguous_format)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As in transformers; token_type_ids are ignored.
@@ -714,7 +719,7 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
     def _loss_in_chunks(
         self, hidden_states: Tensor, labels: Tensor, shift_labels=None, num_items_in_batch=None, **kwargs
     ) -> Tensor:
-        """The loss of all tokens, with the logits of LOSS_CHUNK_ELEMENTS / vocab_size tokens at a time."""
+        """The loss of all tokens, with the logits of at most LOSS_CHUNK_ELEMENTS / vocab_size tokens at a time."""
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
         if shift_labels.shape != hidden_states.shape[:2]:
@@ -733,7 +738,9 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             )
 
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten()
-        size = max(1, LOSS_CHUNK_ELEMENTS // self.config.vocab_size)
+        on_cpu = hidden_states.device.type == "cpu"
+        elements = LOSS_CHUNK_ELEMENTS if on_cpu else LOSS_CHUNK_ELEMENTS_ACCELERATOR
+        size = max(1, elements // self.config.vocab_size)
         if len(shift_labels) <= size:
             return loss_of(hidden_states, shift_labels)
         # Backward computes the logits of a chunk again: one more product with the head, instead of all in memory.
