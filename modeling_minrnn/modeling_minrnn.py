@@ -593,8 +593,8 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
-        """The mask of the new tokens alone, None where it is ones: a compiled step cannot ask. In shape and strides the
-        same from step to step of a static cache."""
+        """The mask of the new tokens alone, None where it is ones, as a compiled step cannot ask: in shape and strides
+        the same from step to step of a static cache."""
         if attention_mask is None:
             return None
         new = attention_mask[:, -inputs_embeds.shape[1] :]
