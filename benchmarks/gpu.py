@@ -29,6 +29,7 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -44,9 +45,10 @@ if DRY:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or no forked process could use the device any more
 
+import isolated  # noqa: E402
 import torch  # noqa: E402
 from harness import HERE, Bound, Report, Samples, interleave, parser, relative_error, timed  # noqa: E402
-from isolated import CONTEXT, Case, measured  # noqa: E402
+from isolated import Case, measured  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel  # noqa: E402
 
@@ -62,11 +64,12 @@ CELLS = ("mingru", "minlstm")
 SHAPES = [(8, 2048, 1024), (1, 65536, 1024), (64, 512, 512), (16, 4096, 2048)]  # B, T, D
 UGLY = [(3, 2, 5), (2, 1000, 100), (1, 2049, 64)]
 GATES = {"ordinary": 0.0, "remembering": -4.0}  # what is added to them
-ROUNDS = 1
+ROUNDS = int(os.environ.get("MINRNN_ROUNDS", "1"))  # of `main`, for the processes that it starts
 ROTATED_BYTES = 1 << 28  # several times any L2
 
 CASES: list[Case] = []
 CAPTURED: dict[str, bool] = {}  # of the contenders of the case at hand: whether they are replayed from a CUDA graph
+SPOILT: list[str] = []  # whose capture failed, after which generators and allocator may be in the midst of it
 
 
 def case(section: str, seconds: float, *variants: object, alone: bool = False) -> Callable:
@@ -138,6 +141,7 @@ def sampler(name: str, function: Callable[[], object], repeats: int = 10) -> Cal
             play()
         play, CAPTURED[name] = graph.replay, True
     except RuntimeError as error:
+        SPOILT.append(name)
         torch.cuda.set_stream(before)  # a capture that cannot be ended keeps its own
         torch.cuda.synchronize()
         print(f"{name} is not captured: {error}".splitlines()[0], file=sys.stderr)
@@ -252,7 +256,7 @@ def kernels_of_all_cases_compiled_beforehand() -> dict[str, object]:
     variants += [(cell, "bfloat16", small(1, 4096, D), False) for D in (1024, 2048, 512, 768, 100) for cell in CELLS]
     variants = variants[:2] if DRY else variants
     processes = min(16, len(variants), os.cpu_count() or 1)
-    with concurrent.futures.ProcessPoolExecutor(processes, CONTEXT) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, isolated.CONTEXT) as pool:
         waiting = {pool.submit(compiled_kernels, variant): variant for variant in variants}
         concurrent.futures.wait(waiting)
     errors = {variant: future.exception() for future, variant in waiting.items()}
@@ -616,18 +620,16 @@ def minGRU_against(peer: str, *shape: int) -> dict[str, object]:  # noqa: N802
     """How many times faster, forward and backward, from pre-activations to states and back."""
     B, T, D = small(*shape)
     make, *ahead = PEERS[peer]
-    x, gradient = projected("mingru", (B, T, D), torch.bfloat16), normal(B, T, D, seed=1)
+    x, gradient = projected("mingru", (B, T, D), torch.bfloat16).requires_grad_(), normal(B, T, D, seed=1)
     try:
         function = make(D)
-        with torch.no_grad():
-            states = function(x)
+        states = function(x).detach()
     except Exception as error:  # it is absent, refuses the shape or does not fit: its row says so
         return {"result": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
     ours = functools.partial(minrnn_scan, cell_type="mingru", backend="triton")
-    with torch.no_grad():
-        error = relative_error([states], [ours(x)[0]])
+    error = relative_error([states], [ours(x)[0].detach()])
+    del states
     runs = {"ours": lambda x: ours(x)[0], "peer": function}
-    x.requires_grad_()
     contenders = {
         name: rotating(functools.partial(forward_and_backward, run), x, gradient) for name, run in runs.items()
     }
@@ -755,7 +757,7 @@ def gpu_name() -> str:
 
 
 def device_is_sound() -> bool:
-    """Whether the device answers; what a case left there is freed."""
+    """Whether the device answers, and this process can go on with it; what a case left there is freed."""
     gc.collect()
     try:
         if DEVICE.type == "cuda":
@@ -763,7 +765,17 @@ def device_is_sound() -> bool:
             torch.cuda.empty_cache()
     except RuntimeError:
         return False
-    return True
+    return not SPOILT
+
+
+def touch() -> None:
+    torch.zeros(1, device=DEVICE)
+
+
+def a_fork_can_use_the_device() -> bool:
+    """Not where something has asked for it in this process."""
+    with concurrent.futures.ProcessPoolExecutor(1, isolated.CONTEXT) as pool:
+        return pool.submit(touch).exception() is None
 
 
 def run(report: Report, until: float) -> None:
@@ -792,9 +804,12 @@ def main() -> None:
         options.output = Path(tempfile.mkdtemp(prefix="minrnn-gpu-dry-run-")) / "gpu.jsonl"
         options.rounds = 1
     ROUNDS = options.rounds
+    os.environ["MINRNN_ROUNDS"] = str(ROUNDS)
     summary = options.output.with_suffix(".md")
     try:
         if not options.render:
+            if not a_fork_can_use_the_device():
+                isolated.CONTEXT = multiprocessing.get_context("spawn")
             report = Report(options, device=gpu_name() if DEVICE.type == "cuda" else None)
             run(report, STARTED + options.seconds)
     finally:

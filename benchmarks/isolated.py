@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-CONTEXT = multiprocessing.get_context("fork")  # nothing is imported again
+CONTEXT: multiprocessing.context.BaseContext = multiprocessing.get_context("fork")  # nothing is imported again
 PATIENCE, LEAST_LIMIT = 4, 120.0  # a case may take so many times its estimate, or so many seconds
 
 
