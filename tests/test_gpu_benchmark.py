@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import carry
 import pytest
 from isolated import Case, measured
 
@@ -69,6 +70,24 @@ def test_a_case_that_fails_dies_hangs_or_spoils_its_device_costs_no_other(monkey
     assert rows["too long"]["skipped"].startswith("takes about 1000000 s")
     assert rows["first"]["pid"] == rows["second"]["pid"]
     assert len({rows[name]["pid"] for name in ("first", "spoils", "alone", "last")} | {os.getpid()}) == 5
+
+
+def test_a_wheel_that_python_there_would_not_take_and_one_that_is_there_twice_are_named():
+    names = [
+        "a-1.0-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64",
+        "b-1.0-py3-none-any",
+        "c-2-cp310-abi3-linux_x86_64",
+    ]
+    assert carry.problems([Path(f"{name}.whl") for name in names]) == []
+    names = [
+        "a-1.0-cp311-cp311-manylinux_2_17_x86_64",
+        "b-1.0-py3-none-any",
+        "b-1.1-py312-none-any",
+        "c-1-py3-none-win_amd64",
+    ]
+    assert [problem.split(" is ")[0] for problem in carry.problems([Path(f"{name}.whl") for name in names])] == [
+        "a-1.0-cp311-cp311-manylinux_2_17_x86_64.whl", "c-1-py3-none-win_amd64.whl", "b",
+    ]  # fmt: skip
 
 
 def test_the_committed_summary_is_that_of_the_committed_rows(tmp_path):
