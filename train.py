@@ -59,6 +59,7 @@ from training.data import (
     ParallelStreams,
     RandomWindows,
     TokenStream,
+    counted_stream,
     load_documents,
     streamed_windows,
     token_digests,
@@ -282,11 +283,13 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
                     with same_error(f"{output_dir}: the model cannot be written, the one from before is intact"):
                         if accelerator.is_main_process:
                             save_best_model(output_dir, complete, tokenizer)
-                record(**held_out_scores(loss, config.data), held_out_accuracy=accuracy)
+                scores = held_out_scores(loss, held_out)
+                record(**scores, held_out_accuracy=accuracy)
                 if accelerator.is_main_process:
+                    bits = f"{scores['bits_per_byte']:.4f} bits per byte, " if "bits_per_byte" in scores else ""
                     bar.write(
                         f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}, "
-                        f"accuracy {accuracy:.1%}"
+                        f"{bits}accuracy {accuracy:.1%}"
                     )
                     for prompt in train.sample_prompts:
                         bar.write(sample(complete, tokenizer, prompt, train.sample_tokens, train.seed))
@@ -337,7 +340,7 @@ def load_data(
         documents, held_out_documents = load_documents(data)
         tokenizer = load_tokenizer(data.tokenizer, (document["text"] for document in documents))
         model_config(config.model, tokenizer)  # what the two do not agree on is told before all is tokenised
-        held_out = token_stream(held_out_documents, tokenizer, data.held_out_tokens)
+        held_out = counted_stream(held_out_documents, tokenizer, data.held_out_tokens)
         if data.streaming:
             batches = streamed_windows(
                 documents,

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from training.config import STDLIB, DataConfig, InputError
 from training.data import (
@@ -25,6 +28,7 @@ from training.data import (
     StreamedWindows,
     TokenStream,
     WorkerWindows,
+    counted_stream,
     cut,
     is_held_out,
     load_documents,
@@ -43,6 +47,19 @@ def texts(documents):
 
 def tokens(stream):
     return stream.read(0, len(stream)).tolist()
+
+
+def pairs_tokenizer():
+    """A byte tokenizer that takes "é" and the pair of them, and some numbers, as one token."""
+    merges = [("Ã", "©"), ("Ã©", "Ã©"), ("1", "2"), ("Ġ", "Ã©")]
+    vocabulary = {
+        **{char: byte for byte, char in bytes_to_unicode().items()},
+        **{a + b: 256 + i for i, (a, b) in enumerate(merges)},
+    }
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
 @pytest.fixture
@@ -238,6 +255,19 @@ def test_streaming_reads_the_same_held_out_tokens_as_the_stored_data_set(folder,
         streams.append(tokens(token_stream(load_documents(config)[1], byte_tokenizer(), limit)))
     assert streams[0] == streams[1]
     assert len(streams[0]) == limit or limit == 10**6
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), character_tokenizer(["0123456789 é"]), pairs_tokenizer()])
+def test_bytes_of_what_is_predicted_are_counted_for_any_tokenizer_and_limit(folder, tokenizer):
+    """The oracle: tokens of a text without end tokens, decoded, are that text."""
+    documents = load_documents(DataConfig(dataset=str(folder), text_column="body"))[1]
+    ids = tokens(counted_stream(documents, tokenizer))
+    for limit in (2, 9, 50, 301, None):
+        stream = counted_stream(documents, tokenizer, limit)
+        assert tokens(stream) == ids[:limit]
+        predicted = [token for token in ids[1:limit] if token != tokenizer.eos_token_id]
+        cut = tokenizer.decode(predicted).encode()  # of a byte tokenizer maybe half a character, which counts whole
+        assert stream.predicted_bytes == len(cut.replace("\ufffd".encode(), "é".encode()))
 
 
 def test_stored_tokens_are_read_from_the_disk(folder):

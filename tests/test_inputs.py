@@ -84,7 +84,7 @@ def test_a_wrong_setting_is_told_before_the_imports_that_take_seconds(setting, o
 
 
 def test_what_model_and_tokenizer_do_not_agree_on_is_told_before_tokenising(setting, train_main, monkeypatch):
-    monkeypatch.setattr("train.token_stream", lambda *arguments: pytest.fail("tokenised"))
+    monkeypatch.setattr("train.counted_stream", lambda *arguments: pytest.fail("tokenised"))
     with pytest.raises(InputError, match="^model.vocab_size is 257: the tokenizer has 258 tokens$"):
         train_main(setting(**{"model.vocab_size": 257}))
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, tee
 from multiprocessing.util import Finalize
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, alarm, signal
@@ -43,7 +43,7 @@ PIECES_AT_ONCE = 64
 BLOCK_BYTES = 2**20
 # Documents tokenised per call.
 DOCUMENT_BATCH = 64
-STREAM = "data.dataset, while it is streamed"
+READING = "data, while it is read"
 IGNORED = -100  # a target that the loss leaves out, by torch's convention
 
 
@@ -266,12 +266,15 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 class TokenStream:
-    """A sequence of token ids over arrays that stay where they are: memory-mapped where the data set is on disk."""
+    """A sequence of token ids over arrays that stay where they are: memory-mapped where the data set is on disk.
+
+    predicted_bytes: UTF-8 bytes of the text of all tokens but the first, which nothing predicts; None if not counted.
+    """
 
     is_one_text = True
 
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays = arrays
+    def __init__(self, arrays: list[np.ndarray], predicted_bytes: int | None = None):
+        self.arrays, self.predicted_bytes = arrays, predicted_bytes
         self.starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self) -> int:
@@ -303,51 +306,70 @@ def token_stream(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> TokenStream:
     """All documents, or the first `max_tokens` tokens of them, as one stream. Raises InputError below two tokens."""
-    dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
-    if isinstance(documents, Dataset):
-        tokens = documents.map(
-            lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
-            batched=True,
-            batch_size=DOCUMENT_BATCH,
-            remove_columns="text",
-            features=Features({"input_ids": List(Value(dtype.name))}),
-            desc="Tokenising",
-        )
-        arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
-    else:
-        with readable("data.files" if isinstance(documents, TextFiles) else STREAM):
-            arrays = [stored_tokens(documents, tokenizer, dtype, max_tokens)]
+    if not isinstance(documents, Dataset):
+        return counted_stream(documents, tokenizer, max_tokens)
+    tokens = documents.map(
+        lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
+        batched=True,
+        batch_size=DOCUMENT_BATCH,
+        remove_columns="text",
+        features=Features({"input_ids": List(Value(id_type(tokenizer).name))}),
+        desc="Tokenising",
+    )
+    arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
     arrays[-1] = arrays[-1][:-1]  # end tokens separate documents: none after the last
     stream = TokenStream(arrays)
     if max_tokens and len(stream) > max_tokens:
         stream = TokenStream([stream.read(0, max_tokens).numpy()])
-    if len(stream) < 2:
-        raise InputError("data: a split of a single token leaves nothing to predict")
-    return stream
+    return at_least_two(stream)
 
 
-def stored_tokens(
-    documents: IterableDataset | TextFiles,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: np.dtype,
-    max_tokens: int | None,
-) -> np.ndarray:
-    """The tokens of all documents, or some more than `max_tokens`, in a file without a name that goes with them."""
-    pieces = (
+def counted_stream(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> TokenStream:
+    """A token_stream that knows its `predicted_bytes`. The tokens lie in a file without a name that goes with them."""
+    pieces, texts = tee(
         piece
         for document in documents
         for piece in (*cut([document["text"]]), *([None] if document.get("ends", True) else []))
     )
-    count, bar = 0, tqdm(desc="Tokenising", unit=" tokens", unit_scale=True)
-    with bar, TemporaryFile() as file:
-        for ids in encode_pieces(pieces, tokenizer):
+    dtype, count, predicted_bytes = id_type(tokenizer), 0, 0
+    bar = tqdm(desc="Tokenising", unit=" tokens", unit_scale=True)
+    with readable(READING), bar, TemporaryFile() as file:
+        for text, ids in zip(texts, encode_pieces(pieces, tokenizer)):
+            before, count = count, count + len(ids)
             file.write(np.array(ids, dtype=dtype).data)
-            count += len(ids)
             bar.update(len(ids))
+            if text is not None:
+                within = max_tokens - before if max_tokens and count > max_tokens else None
+                predicted_bytes += bytes_of_tokens(text, tokenizer, within)
+                predicted_bytes -= bytes_of_tokens(text, tokenizer, 1) if ids and not before else 0
             if max_tokens and count > max_tokens:
                 break
         file.flush()
-        return np.memmap(file, dtype, "r")
+        tokens = np.memmap(file, dtype, "r")[:-1]  # end tokens separate documents: none after the last
+    return at_least_two(TokenStream([tokens[:max_tokens]], predicted_bytes))
+
+
+def bytes_of_tokens(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> int:
+    """UTF-8 bytes of the text that its first so many tokens stand for, in whole characters; None: of all the text."""
+    if tokens is None:
+        return len(text.encode())
+    settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    if not tokenizer.is_fast:  # these do not know where in the text a token is
+        return len(tokenizer.decode(tokenizer(text, **settings)["input_ids"][:tokens]).encode())
+    places = tokenizer(text, return_offsets_mapping=True, **settings)["offset_mapping"][:tokens]
+    return len(text[: max((end for _, end in places), default=0)].encode())
+
+
+def id_type(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
+    return np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
+
+
+def at_least_two(stream: TokenStream) -> TokenStream:
+    if len(stream) < 2:
+        raise InputError("data: a split of a single token leaves nothing to predict")
+    return stream
 
 
 def token_digests(tokenizer: PreTrainedTokenizerBase, streams: dict[str, TokenStream]) -> dict[str, str]:
@@ -458,7 +480,7 @@ class StreamedWindows:
 
     def document_batches(self) -> Iterator[list[str]]:
         while True:
-            with readable(STREAM):
+            with readable(READING):
                 for batch in self.documents.iter(batch_size=DOCUMENT_BATCH):
                     self.position = self.documents.state_dict()  # which tells no loaded position before it is read
                     yield batch["text"]

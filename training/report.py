@@ -40,8 +40,10 @@ from .checkpoint import (
     step_of,
     write_file,
 )
-from .config import STDLIB, DataConfig, InputError, RunConfig
+from .config import STDLIB, InputError, RunConfig
+from .data import TokenStream
 from .sharded import whole
+from .tasks import HeldOutQuestions
 
 METRICS_FILE_BYTES = 2**24
 # Settings that are paths.
@@ -163,12 +165,21 @@ def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState
 
 
 def plot_loss_curve(folder: Path) -> None:
-    """Training loss and held-out loss (nats per token) against steps, from the metrics in `folder`."""
+    """Training loss and held-out loss against steps, from the metrics in `folder`.
+
+    In nats per token, and on the right, where a text is held out, in bits per byte of that text.
+    """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    metrics = read_metrics(folder)
     for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
-        rows = [row for row in read_metrics(folder) if key in row]
+        rows = [row for row in metrics if key in row]
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=label, linewidth=1)
+    finite = [row for row in metrics if 0 < row.get("bits_per_byte", 0) < math.inf]
+    if finite:
+        ratio = finite[-1]["bits_per_byte"] / finite[-1]["held_out_loss"]
+        scales = (lambda nats: nats * ratio, lambda bits: bits / ratio)
+        axes.secondary_yaxis("right", functions=scales).set_ylabel("bits per byte of the held-out text")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / LOSS_CURVE_FILE, dpi=120)
@@ -364,7 +375,12 @@ def code_commit() -> str | None:
     return done.stdout.strip()
 
 
-def held_out_scores(loss: float, data: DataConfig) -> dict[str, float]:
-    """`loss` in nats per token; where tokens are bytes also in bits per byte."""
-    in_bytes = data.tokenizer == "byte" and not data.task
-    return {"held_out_loss": loss} | ({"bits_per_byte": loss / math.log(2)} if in_bytes else {})
+def held_out_scores(loss: float, held_out: TokenStream | HeldOutQuestions) -> dict[str, float]:
+    """`loss` in nats per token; of a text also in bits per byte, by which models of different tokenizers compare.
+
+    That is the loss of all predicted tokens, end tokens too, over the bytes of the text that they stand for.
+    """
+    scores = {"held_out_loss": loss}
+    if held_out.predicted_bytes:
+        scores["bits_per_byte"] = loss * (len(held_out) - 1) / held_out.predicted_bytes / math.log(2)
+    return scores
