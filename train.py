@@ -1,12 +1,12 @@
 """Train a minGRU or minLSTM language model:  python train.py configs/demo.yaml [section.key=value ...]
 
+--help lists every key, --print-config shows what a command would train.
 `accelerate launch [--config_file configs/accelerate/NAME.yaml] train.py ...` does the same on one or several devices.
 The script reads top to bottom: config -> data -> model -> loop -> save. training/ holds what it calls.
 
 B batch (windows of one process and micro-batch), T time (of the process, where several share a sequence).
 """
 
-import argparse
 import math
 import shlex
 import sys
@@ -17,15 +17,19 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from training.config import InputError, RunConfig, TrainConfig, exit_with_one_line, load_config, one_line
+from training.config import (
+    MOST_SKIPPED_STEPS,
+    InputError,
+    RunConfig,
+    TrainConfig,
+    exit_with_one_line,
+    load_config,
+    one_line,
+    parse_command_line,
+)
 
 if __name__ == "__main__":  # a wrong setting is told before the imports below, which take seconds
-    parser = argparse.ArgumentParser(description="Train a minGRU or minLSTM language model.")
-    parser.add_argument("config", help="YAML file with the settings of the run, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
-    command_line = parser.parse_args()
-    with exit_with_one_line():
-        load_config(command_line.config, command_line.overrides)
+    command_line = parse_command_line()
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +46,7 @@ from training.allocator import keep_freed_memory
 from training.checkpoint import (
     CARD_FILE,
     SETTINGS_FILE,
+    TOKENIZER_FILE,
     TrainingState,
     changed_settings,
     check_best_model,
@@ -83,7 +88,6 @@ from training.tokenizers import load_tokenizer
 
 EVALUATION_CHUNK_TOKENS = 4096
 FIRST_TOKENS = 1 << 16
-MOST_SKIPPED_STEPS = 10  # in a row, with train.on_nonfinite=skip
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
 EXIT_RESUME = 75  # by SIGTERM; EX_TEMPFAIL of sysexits.h: the same command with train.resume=true goes on
 
@@ -131,7 +135,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     checkpoint = check_output_dir(config, accelerator.print)
 
     # ---- Data
-    tokenizer, batches, held_out, digests = load_data(config, accelerator, share)
+    tokenizer, batches, held_out, digests = load_data(config, accelerator, share, checkpoint)
 
     # ---- Model
     set_seed(train.seed)
@@ -146,6 +150,8 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     # ---- Loop
     accelerator.wait_for_everyone()  # all have checked the folder before it changes
     state = TrainingState(model, optimizer, batches, digests, context_ranks=share.context_ranks)
+    if config.data.tokenizer == "bpe" and not config.data.task:
+        state.trained_tokenizer = tokenizer
     if train.carry_state:
         state.caches = [DynamicCache(config=model.config) for _ in range(train.gradient_accumulation_steps)]
     if checkpoint:
@@ -329,16 +335,22 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
 
 
 def load_data(
-    config: RunConfig, accelerator: Accelerator, share: Share
+    config: RunConfig, accelerator: Accelerator, share: Share, checkpoint: Path | None
 ) -> tuple[PreTrainedTokenizerBase, Iterator[torch.Tensor], TokenStream | HeldOutQuestions, dict[str, str]]:
     """The tokenizer, the batches of this process, each (2, B, T) of inputs and targets, what is held out, digests."""
     data, train = config.data, config.train
     own_rows = slice(share.data_rank, None, share.data_ranks)
     if data.task:
         return *load_task(config, own_rows), {}
-    with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
+    with accelerator.main_process_first():  # the others then find the documents in the cache of datasets
         documents, held_out_documents = load_documents(data)
-        tokenizer = load_tokenizer(data.tokenizer, (document["text"] for document in documents))
+    tokenizer = None
+    if accelerator.is_main_process:  # one tokenizer, trained once
+        trained = checkpoint and (checkpoint / TOKENIZER_FILE).is_file() and checkpoint / TOKENIZER_FILE
+        texts = (document["text"] for document in documents)
+        tokenizer = load_tokenizer(data.tokenizer, texts, data.tokenizer_vocab_size, trained or None)
+    (tokenizer,) = broadcast_object_list([tokenizer])
+    with accelerator.main_process_first():
         model_config(config.model, tokenizer)  # what the two do not agree on is told before all is tokenised
         held_out = counted_stream(held_out_documents, tokenizer, data.held_out_tokens)
         if data.streaming:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, chain, islice, tee
+from itertools import chain, islice, repeat, tee
 from multiprocessing.util import Finalize
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, alarm, signal
@@ -25,17 +25,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+)
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .config import STDLIB, DataConfig, InputError, one_line
+from .config import STDLIB, DataConfig, InputError, SourceConfig, one_line
 
 # The tests of the standard library are not installed everywhere, and some are deliberately not valid source.
 NOT_STDLIB_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+# Files whose rows are documents, with the builder of datasets that reads them.
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # A tokenizer keeps some 200 bytes a character while it works: long documents are encoded in pieces, few at a time.
 PIECE_CHARACTERS = 2**14
 PIECES_AT_ONCE = 64
@@ -53,16 +64,40 @@ def load_documents(config: DataConfig) -> tuple["Documents", "Documents"]:
     Raises InputError for a missing file, a file that is not UTF-8 text, an unknown data set, split or column, and for
     a split without text.
     """
-    if config.files:
-        training, held_out = file_documents(config)
-    elif config.dataset == STDLIB:
-        training, held_out = stdlib_documents(config.held_out_fraction)
+    if config.mixture:
+        sources = [source_documents(source, config) for source in config.mixture]
+        weights = [source.weight for source in config.mixture]
+        training, held_out = (mixed(documents, weights) for documents in zip(*sources))
     else:
-        training, held_out = dataset_documents(config)
+        training, held_out = source_documents(config, config)
+    return as_stream(training) if config.streaming else training, held_out
+
+
+def source_documents(source: SourceConfig, config: DataConfig) -> tuple["Documents", "Documents"]:
+    if source.dataset == STDLIB:
+        training, held_out = stdlib_documents(config.held_out_fraction)
+    elif source.files or names_files(source.dataset):
+        training, held_out = file_documents(source, config)
+    else:
+        training, held_out = dataset_documents(source, config)
     for name, documents in (("training", training), ("held-out", held_out)):
         if next(iter(documents), None) is None:
-            raise InputError(f"data: the {name} split of {config.dataset or config.files} has no text")
+            raise InputError(f"data: the {name} split of {source.dataset or source.files} has no text")
     return training, held_out
+
+
+def mixed(sources: tuple["Documents", ...], weights: list[float]) -> IterableDataset:
+    """Documents drawn by weight, until each has been; those of short sources several times. The same at each call."""
+    shares = [weight / sum(weights) for weight in weights]
+    streams = [as_stream(documents) for documents in sources]
+    return interleave_datasets(streams, shares, seed=0, stopping_strategy="all_exhausted")
+
+
+def as_stream(documents: "Documents") -> IterableDataset:
+    """With the column "text" alone: of a text file each piece is a document."""
+    if isinstance(documents, Dataset):
+        documents = documents.to_iterable_dataset()
+    return documents.select_columns("text").cast(Features({"text": Value("string")}))
 
 
 def stdlib_documents(held_out_fraction: float) -> tuple[Dataset, Dataset]:
@@ -77,39 +112,74 @@ def stdlib_documents(held_out_fraction: float) -> tuple[Dataset, Dataset]:
     return in_memory(splits[False]), in_memory(splits[True])
 
 
-def file_documents(config: DataConfig) -> tuple["TextFiles", "TextFiles"]:
-    """One document a file, with held-out files of their own or the last characters of all files taken together."""
-    training = [(path, 0, count_characters(path)) for path in expand(config.files, "data.files")]
-    if config.held_out_files:
-        paths = expand(config.held_out_files, "data.held_out_files")
-        return TextFiles(training), TextFiles([(path, 0, count_characters(path)) for path in paths])
-    lengths = [length for _, _, length in training]
-    keep = int((1 - config.held_out_fraction) * sum(lengths))
-    cuts = [min(max(0, keep - start), length) for start, length in zip(accumulate(lengths, initial=0), lengths)]
-    return (
-        TextFiles([(path, 0, cut) for (path, _, _), cut in zip(training, cuts)]),
-        TextFiles([(path, cut, length) for (path, _, length), cut in zip(training, cuts)]),
-    )
+def names_files(dataset: str) -> bool:
+    """Whether data.dataset is a glob, a text file or a folder with text files: load_dataset would read lines."""
+    path = Path(dataset)
+    if path.is_dir():
+        return any(path.suffix == ".txt" for path in files_of_folder(path))
+    return path.suffix == ".txt" if path.is_file() else glob.has_magic(dataset)
 
 
-class TextFiles:
+def file_documents(source: SourceConfig, config: DataConfig) -> tuple["Documents", "Documents"]:
+    """Rows of tables, and each text file as one document, with held-out files of their own or a part of every file."""
+    held_out = expand(source.held_out_files, "data.held_out_files")
+    others = {path.resolve() for path in held_out}
+    training = [
+        path for path in expand(source.files or [source.dataset], "data.files") if path.resolve() not in others
+    ]
+    if held_out:
+        return tuple(split_files(paths, 0.0, source, config.streaming)[0] for paths in (training, held_out))
+    return split_files(training, config.held_out_fraction, source, config.streaming)
+
+
+def split_files(
+    paths: list[Path], held_out_fraction: float, source: SourceConfig, streaming: bool
+) -> tuple["Documents", "Documents"]:
+    """Of each text file the last characters are held out, of tables the rows that `is_held_out` tells."""
+    texts = [path for path in paths if path.suffix not in TABLES]
+    lengths = [count_characters(path) for path in texts]
+    keeps = [int((1 - held_out_fraction) * length) for length in lengths]
+    splits = ([text_documents(zip(texts, repeat(0), keeps))], [text_documents(zip(texts, keeps, lengths))])
+    for kind in dict.fromkeys(TABLES.values()):
+        files = [glob.escape(str(path)) for path in paths if TABLES.get(path.suffix) == kind]
+        if files:
+            rows = text_rows(
+                f"data.files {source.files or source.dataset}", source.text_column,
+                path=kind, data_files=files, split="train", streaming=streaming,
+            )  # fmt: skip
+            for documents, split in zip(splits, split_rows(rows, held_out_fraction)):
+                documents.append(split)
+    return tuple(map(joined, splits))
+
+
+def joined(parts: list["Documents"]) -> "Documents":
+    parts = [part for part in parts if isinstance(part, IterableDataset) or len(part)]
+    if len(parts) < 2:
+        return parts[0] if parts else in_memory([])
+    return concatenate_datasets([as_stream(part) for part in parts])
+
+
+def text_documents(stretches: Iterable[tuple[Path, int, int]]) -> "Documents":
     """Documents of which no file is ever in memory as a whole: one a file, its characters `first` to `last` - 1.
 
-    Iteration gives rows of pieces, {"text": a piece, "ends": whether it is the last of its document}.
+    Rows are pieces, {"text": a piece, "ends": whether it is the last of its document}.
     """
-
-    def __init__(self, stretches: list[tuple[Path, int, int]]):
-        self.stretches = [(path, first, last) for path, first, last in stretches if first < last]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for path, first, last in self.stretches:
-            left = last - first
-            for piece in cut(stretch(read_blocks(path), first, last)):
-                left -= len(piece)
-                yield {"text": piece, "ends": not left}
+    stretches = [(str(path), first, last) for path, first, last in stretches if first < last]
+    if not stretches:
+        return in_memory([])
+    features = Features({"text": Value("string"), "ends": Value("bool")})
+    return IterableDataset.from_generator(pieces_of_files, features, {"stretches": stretches})
 
 
-Documents = Dataset | IterableDataset | TextFiles
+def pieces_of_files(stretches: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    for path, first, last in stretches:
+        left = last - first
+        for piece in cut(stretch(read_blocks(Path(path)), first, last)):
+            left -= len(piece)
+            yield {"text": piece, "ends": not left}
+
+
+Documents = Dataset | IterableDataset
 
 
 def in_memory(texts: list[str]) -> Dataset:
@@ -117,16 +187,31 @@ def in_memory(texts: list[str]) -> Dataset:
 
 
 def expand(patterns: list[str], key: str) -> list[Path]:
-    """The files that paths and globs name, in the order of the patterns, each pattern's matches sorted."""
-    paths = []
+    """The files that paths, globs and folders name, each once, in the order of the patterns, matches sorted."""
+    paths: dict[Path, None] = {}
     for pattern in patterns:
-        # A file may have brackets in its name.
-        names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        matches = [Path(name) for name in names if Path(name).is_file()]
+        if Path(pattern).is_dir():
+            matches = [path for path in files_of_folder(Path(pattern)) if path.suffix in (".txt", *TABLES)]
+            wanted = (
+                f"holds no {', '.join(TABLES)} or .txt file: for others give a glob, {Path(pattern) / '**' / '*.md'}"
+            )
+        else:
+            # A file may have brackets in its name.
+            names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+            matches, wanted = [Path(name) for name in names if Path(name).is_file()], "matches no file"
         if not matches:
-            raise InputError(f"{key}: {pattern} matches no file")
-        paths += matches
-    return paths
+            raise InputError(f"{key}: {pattern} {wanted}")
+        paths |= dict.fromkeys(matches)
+    return [*paths]
+
+
+def files_of_folder(folder: Path) -> list[Path]:
+    """Those of its folders too, none that is hidden."""
+    return [
+        path
+        for path in map(Path, sorted(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
+        if path.is_file()
+    ]
 
 
 def read_blocks(path: Path) -> Iterator[str]:
@@ -164,13 +249,17 @@ def stretch(blocks: Iterable[str], first: int, last: int) -> Iterator[str]:
         start += len(block)
 
 
-def dataset_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+def dataset_documents(source: SourceConfig, config: DataConfig) -> tuple[Documents, Documents]:
     """A Hub data set or local folder; without a held-out split, documents go by a hash of their text."""
-    training = load_split(config, config.split)
-    if config.held_out_split:
-        return training, load_split(config, config.held_out_split)
+    training = load_split(source, source.split, config.streaming)
+    if source.held_out_split:
+        return training, load_split(source, source.held_out_split, config.streaming)
+    return split_rows(training, config.held_out_fraction)
+
+
+def split_rows(rows: Documents, held_out_fraction: float) -> tuple[Documents, Documents]:
     return tuple(
-        training.filter(partial(is_in_split, config.held_out_fraction, held_out), input_columns="text")
+        rows.filter(partial(is_in_split, held_out_fraction, held_out), input_columns="text")
         for held_out in (False, True)
     )
 
@@ -189,19 +278,25 @@ def readable(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {one_line(cause)[:200]}") from error
 
 
-def load_split(config: DataConfig, split: str) -> Dataset | IterableDataset:
-    file = Path(config.dataset)
-    source = {"path": str(file.parent), "data_files": file.name} if file.is_file() else {"path": config.dataset}
-    with readable(f"data.dataset {config.dataset!r}, split {split!r}"):
-        documents = load_dataset(**source, name=config.dataset_config, split=split, streaming=config.streaming)
+def load_split(source: SourceConfig, split: str, streaming: bool) -> Documents:
+    file = Path(source.dataset)
+    where = {"path": str(file.parent), "data_files": file.name} if file.is_file() else {"path": source.dataset}
+    where |= {"name": source.dataset_config, "split": split, "streaming": streaming}
+    return text_rows(f"data.dataset {source.dataset!r}, split {split!r}", source.text_column, **where)
+
+
+def text_rows(what: str, column: str, **where: Any) -> Documents:
+    """What load_dataset(**where) gives, with `column` alone, as "text", and without the rows that have none."""
+    with readable(what):
+        documents = load_dataset(**where)
         first = next(iter(documents), {})
     columns = documents.column_names or list(first)
-    if config.text_column not in columns:
-        raise InputError(f"data.text_column {config.text_column!r} is not a column of {config.dataset}: {columns}")
-    documents = documents.select_columns(config.text_column)
-    if config.text_column != "text":
-        documents = documents.rename_column(config.text_column, "text")
-    return documents.filter(partial(has_text, config.text_column), input_columns="text")
+    if column not in columns:
+        raise InputError(f"data.text_column {column!r} is not a column of {what}: {columns}")
+    documents = documents.select_columns(column)
+    if column != "text":
+        documents = documents.rename_column(column, "text")
+    return documents.filter(partial(has_text, column), input_columns="text")
 
 
 def has_text(column: str, value: Any) -> bool:

@@ -35,12 +35,11 @@ from .checkpoint import (
     Progress,
     TrainingState,
     nonfinite_file,
-    settings_yaml,
     sha256,
     step_of,
     write_file,
 )
-from .config import STDLIB, InputError, RunConfig
+from .config import STDLIB, InputError, RunConfig, settings_yaml
 from .data import TokenStream
 from .sharded import whole
 from .tasks import HeldOutQuestions
