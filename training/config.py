@@ -383,6 +383,8 @@ def set_values(config: DictConfig, sections: Any) -> None:
                 raise InputError(f"unknown key {section}.{key}; the nearest known one is {section}.{near}")
             if isinstance(value, str) and section != "model" and OmegaConf.is_list(config[section]._get_node(key)):
                 value = [value]  # one path, prompt or tracker
+            if key == "mixture" and isinstance(value, list):
+                value = [with_lists(source) if isinstance(source, dict) else source for source in value]
             if not is_text(str(value)):  # by an escape
                 raise InputError(f"{section}.{key} is {value!r}: half a character is no text")
             try:
@@ -488,6 +490,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks and without what OmegaConf appends about its own types."""
     return " ".join(str(error).split("full_key:")[0].split())
+
+
+def with_lists(source: dict[str, Any]) -> dict[str, Any]:
+    """Of a source of a mixture: one path is a list of one."""
+    lone = {
+        key: [value] for key, value in source.items() if key in ("files", "held_out_files") and isinstance(value, str)
+    }
+    return source | lone
 
 
 class Parser(argparse.ArgumentParser):
