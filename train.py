@@ -76,6 +76,7 @@ from training.precision import SLOW_BF16, emulates_bf16
 from training.report import (
     MetricsLog,
     held_out_scores,
+    next_steps,
     plot_loss_curve,
     write_end,
     write_model_card,
@@ -85,6 +86,7 @@ from training.report import (
 from training.sharded import whole, whole_model
 from training.tasks import HeldOutQuestions, load_task
 from training.tokenizers import load_tokenizer
+from training.trackers import start_trackers, trackers_of
 
 EVALUATION_CHUNK_TOKENS = 4096
 FIRST_TOKENS = 1 << 16
@@ -112,7 +114,7 @@ def main(path: str, overrides: list[str]) -> int:
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         mixed_precision="bf16" if train.bf16 else "no",
         dynamo_backend="inductor" if train.compile else None,
-        log_with=train.trackers or None,
+        log_with=trackers_of(config) or None,
         project_dir=train.output_dir,
     )
     notes = [f"train.bf16=true: {SLOW_BF16} (train.bf16=force: bfloat16 all the same)"] if emulated else []
@@ -173,7 +175,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     if not checkpoint:
         accelerator.wait_for_everyone()  # what was in the folder is gone
         save_checkpoint(accelerator, output_dir, config, state)  # whatever comes, there is one to go on from
-    accelerator.init_trackers(output_dir.name)
+    start_trackers(accelerator, config, resumed=progress.step > 0)
     step_tokens = train.batch_size * train.sequence_length
     all_tokens = progress.tokens + (train.steps - progress.step) * step_tokens
     accelerator.print(
@@ -329,6 +331,8 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     del training_model
     accelerator.free_memory()
     accelerator.end_training()
+    if not interrupted and accelerator.is_main_process:
+        print(*next_steps(config, progress.step), sep="\n")
     if config.hub.push and not interrupted and accelerator.is_main_process:
         print(f"published as {push_folder(output_dir, config.hub)}")
     return exit_code

@@ -72,7 +72,7 @@ TOKENIZER_FILE = "tokenizer.json"
 # What a run leaves in its folder beside the model, as patterns.
 OWN_FILES = (
     SETTINGS_FILE, MANIFEST_FILE, CARD_FILE, LOSS_CURVE_FILE, METRICS_FILE, FULL_METRICS_FILES, NONFINITE_FILES,
-    STARTS_FILE,
+    STARTS_FILE, "events.out.tfevents.*",
 )  # fmt: skip
 KEPT_CHECKPOINTS = 2
 

@@ -405,6 +405,16 @@ def resolved(config: RunConfig) -> RunConfig:
     return replace(config, model=defaults | config.model)
 
 
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """All settings as {"section.key": value}, with lists and null as the command line takes them."""
+    sections = OmegaConf.to_container(OmegaConf.structured(resolved(config)))
+    return {
+        f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else yaml_value(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
 def model_settings() -> dict[str, tuple[Any, str]]:
     """Default and meaning of each argument of MinRNNConfig that its docstring explains."""
     config_class = model_config_class()

@@ -31,6 +31,7 @@ from .checkpoint import (
     LOSS_CURVE_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
+    SETTINGS_FILE,
     STARTS_FILE,
     Progress,
     TrainingState,
@@ -39,14 +40,16 @@ from .checkpoint import (
     step_of,
     write_file,
 )
-from .config import STDLIB, InputError, RunConfig, settings_yaml
+from .config import STDLIB, InputError, RunConfig, SourceConfig, settings_yaml
 from .data import TokenStream
 from .sharded import whole
 from .tasks import HeldOutQuestions
 
 METRICS_FILE_BYTES = 2**24
 # Settings that are paths.
-PATHS = ("data.dataset", "data.files", "data.held_out_files", "data.tokenizer", "train.output_dir")
+PATHS = (
+    "data.dataset", "data.files", "data.held_out_files", "data.mixture", "data.tokenizer", "train.output_dir",
+)  # fmt: skip
 NEW_CARD_FILE = "README.new.md"
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
@@ -234,9 +237,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         corpus = f"questions of the synthetic task {data.task}"
         held_out = "questions of {} to {} tokens".format(*data.held_out_lengths)
     else:
-        dataset = data.dataset and relative_path(data.dataset)
-        corpus = {STDLIB: "the source of Python's standard library"}.get(dataset, dataset)
-        corpus = corpus or ", ".join("/".join(Path(relative_path(file)).parts[-2:]) for file in data.files)
+        corpus = " and ".join(map(corpus_of, data.mixture or [data]))
         held_out = "over the whole held-out split, read once with the state carried through it"
     unit = "character" if data.tokenizer == "character" else "token"
     labels = {
@@ -264,7 +265,12 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
             license=config.hub.license,
             pipeline_tag="text-generation",
             tags=[MinRNNConfig.model_type],
-            datasets=[relative_path(data.dataset)] if data.dataset and data.dataset != STDLIB else None,
+            datasets=[
+                relative_path(source.dataset)
+                for source in data.mixture or [data]
+                if source.dataset and source.dataset != STDLIB
+            ]
+            or None,
             model_name=name,
             eval_results=results or None,
         ),
@@ -284,6 +290,15 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         prompt=json.dumps(config.train.sample_prompts[0] if config.train.sample_prompts else ""),
         settings=settings.strip(),
         license=config.hub.license,
+    )
+
+
+def corpus_of(source: SourceConfig) -> str:
+    if source.dataset == STDLIB:
+        return "the source of Python's standard library"
+    paths = [source.dataset] if source.dataset else source.files
+    return ", ".join(
+        relative_path(path) if source.dataset else "/".join(Path(relative_path(path)).parts[-2:]) for path in paths
     )
 
 
@@ -313,6 +328,22 @@ def write_model_card(folder: Path, config: RunConfig, model: PreTrainedModel, pr
     append_to_starts(folder, progress.step, {"card": digest_of(content)})
     write_file(path, content)
     return path
+
+
+def next_steps(config: RunConfig, step: int) -> list[str]:
+    """Commands that do something with a finished run, one a line."""
+    folder = config.train.output_dir
+    prompt = ["--prompt", config.train.sample_prompts[0]] if config.train.sample_prompts else []
+    resume = ["python", "train.py", str(Path(folder) / SETTINGS_FILE), "train.resume=true"]
+    patience = ["train.early_stopping_patience=null"] if config.train.early_stopping_patience else []
+    repository = config.hub.repository or "USER/NAME"
+    commands = {
+        "sample": ["python", "-m", "examples.generate", "--model", folder, *prompt],
+        "resume": [*resume, f"train.steps={2 * step}", *patience],
+        "push": [*resume, "hub.push=true", f"hub.repository={repository}"],
+        "serve": ["python", "-m", "modeling_minrnn.serve", folder],
+    }
+    return [f"{name + ':':8}{shlex.join(words)}" for name, words in commands.items()]
 
 
 def digest_of(text: str) -> str:
@@ -345,16 +376,22 @@ def without_folder(word: str) -> str:
     key, equals, value = word.partition("=")
     if key not in PATHS:
         return relative_path(word)
-    return key + equals + re.sub(r"(?<![^\['\" ,])/[^,\]'\"]*", lambda match: relative_path(match[0]), value)
+    return key + equals + re.sub(r"(?<![^\['\" ,])/[^,\]}'\"]*", lambda match: relative_path(match[0]), value)
 
 
 def without_folders(config: RunConfig) -> RunConfig:
+    def shorter(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shorter(one) for one in value]
+        if isinstance(value, SourceConfig):
+            paths = {key: shorter(getattr(value, key)) for key in ("dataset", "files", "held_out_files")}
+            return replace(value, **paths)
+        return value and relative_path(value)
+
     sections = {}
     for section, key in (path.split(".") for path in PATHS):
         values = sections.get(section, getattr(config, section))
-        value = getattr(values, key)
-        short = [relative_path(path) for path in value] if isinstance(value, list) else value and relative_path(value)
-        sections[section] = replace(values, **{key: short})
+        sections[section] = replace(values, **{key: shorter(getattr(values, key))})
     return replace(config, **sections)
 
 
