@@ -116,8 +116,16 @@ def names_files(dataset: str) -> bool:
     """Whether data.dataset is a glob, a text file or a folder with text files: load_dataset would read lines."""
     path = Path(dataset)
     if path.is_dir():
-        return any(path.suffix == ".txt" for path in files_of_folder(path))
-    return path.suffix == ".txt" if path.is_file() else glob.has_magic(dataset)
+        return any(map(is_plain, files_of_folder(path)))
+    return is_plain(path) if path.is_file() else glob.has_magic(dataset)
+
+
+def is_plain(path: Path) -> bool:
+    return path.suffix.lower() == ".txt"
+
+
+def table_kind(path: Path) -> str | None:
+    return TABLES.get(path.suffix.lower())
 
 
 def file_documents(source: SourceConfig, config: DataConfig) -> tuple["Documents", "Documents"]:
@@ -136,12 +144,12 @@ def split_files(
     paths: list[Path], held_out_fraction: float, source: SourceConfig, streaming: bool
 ) -> tuple["Documents", "Documents"]:
     """Of each text file the last characters are held out, of tables the rows that `is_held_out` tells."""
-    texts = [path for path in paths if path.suffix not in TABLES]
+    texts = [path for path in paths if not table_kind(path)]
     lengths = [count_characters(path) for path in texts]
     keeps = [int((1 - held_out_fraction) * length) for length in lengths]
     splits = ([text_documents(zip(texts, repeat(0), keeps))], [text_documents(zip(texts, keeps, lengths))])
     for kind in dict.fromkeys(TABLES.values()):
-        files = [glob.escape(str(path)) for path in paths if TABLES.get(path.suffix) == kind]
+        files = [glob.escape(str(path)) for path in paths if table_kind(path) == kind]
         if files:
             rows = text_rows(
                 f"data.files {source.files or source.dataset}", source.text_column,
@@ -191,7 +199,7 @@ def expand(patterns: list[str], key: str) -> list[Path]:
     paths: dict[Path, None] = {}
     for pattern in patterns:
         if Path(pattern).is_dir():
-            matches = [path for path in files_of_folder(Path(pattern)) if path.suffix in (".txt", *TABLES)]
+            matches = [path for path in files_of_folder(Path(pattern)) if is_plain(path) or table_kind(path)]
             wanted = (
                 f"holds no {', '.join(TABLES)} or .txt file: for others give a glob, {Path(pattern) / '**' / '*.md'}"
             )
@@ -401,7 +409,7 @@ def token_stream(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> TokenStream:
     """All documents, or the first `max_tokens` tokens of them, as one stream. Raises InputError below two tokens."""
-    if not isinstance(documents, Dataset):
+    if max_tokens or not isinstance(documents, Dataset):
         return counted_stream(documents, tokenizer, max_tokens)
     tokens = documents.map(
         lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
@@ -413,10 +421,7 @@ def token_stream(
     )
     arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
     arrays[-1] = arrays[-1][:-1]  # end tokens separate documents: none after the last
-    stream = TokenStream(arrays)
-    if max_tokens and len(stream) > max_tokens:
-        stream = TokenStream([stream.read(0, max_tokens).numpy()])
-    return at_least_two(stream)
+    return at_least_two(TokenStream(arrays))
 
 
 def counted_stream(
