@@ -83,6 +83,9 @@ def test_a_bpe_tokenizer_merges_what_its_text_has_and_is_the_same_each_time_and_
     (tmp_path / "own.json").write_text(bpe.backend_tokenizer.to_str())
     resumed = load_tokenizer("bpe", [], trained=tmp_path / "own.json")
     assert resumed.get_vocab() == bpe.get_vocab() and resumed.special_tokens_map == bpe.special_tokens_map
+    (tmp_path / "own.json").write_text("{}")
+    with pytest.raises(InputError, match=r"own\.json is no tokenizer: "):
+        load_tokenizer("bpe", [], trained=tmp_path / "own.json")
 
 
 def test_a_bpe_tokenizer_reads_no_more_than_the_beginning_of_a_text(monkeypatch):

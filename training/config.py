@@ -125,7 +125,9 @@ class DataConfig(SourceConfig):
         "processes that read and tokenise a stream ahead, for each training process; 0: it does so itself, between "
         "its steps",
     )
-    task: str | None = setting(None, "a synthetic task of training/tasks.py, with a tokenizer of its own, for a text")
+    task: str | None = setting(
+        None, "a synthetic task of training/tasks.py in place of a text, with its own tokenizer"
+    )
     task_lengths: tuple[int, int] = setting(
         (1, 40), "tokens of the shortest and longest question of data.task; train.sequence_length includes the answer"
     )

@@ -1,5 +1,6 @@
 """What a run leaves for people: metrics and starts as JSON lines, the loss curve as a picture, and the model card."""
 
+import glob
 import hashlib
 import json
 import math
@@ -265,12 +266,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
             license=config.hub.license,
             pipeline_tag="text-generation",
             tags=[MinRNNConfig.model_type],
-            datasets=[
-                relative_path(source.dataset)
-                for source in data.mixture or [data]
-                if source.dataset and source.dataset != STDLIB
-            ]
-            or None,
+            datasets=[source.dataset for source in data.mixture or [data] if is_on_hub(source)] or None,
             model_name=name,
             eval_results=results or None,
         ),
@@ -291,6 +287,12 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         settings=settings.strip(),
         license=config.hub.license,
     )
+
+
+def is_on_hub(source: SourceConfig) -> bool:
+    """Whether data.dataset is no path of this machine."""
+    name = source.dataset
+    return bool(name) and name != STDLIB and not Path(name).exists() and not glob.has_magic(name)
 
 
 def corpus_of(source: SourceConfig) -> str:

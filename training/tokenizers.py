@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .config import TOKENIZERS, DataConfig, InputError, check_tokenizer
+from .config import TOKENIZERS, DataConfig, InputError, check_tokenizer, one_line
 from .data import cut
 
 # A BPE tokenizer is trained on so many, the first of the training text. 1 MB is read in about a second, and what is
@@ -97,8 +97,13 @@ def load_tokenizer(
         return byte_tokenizer()
     if name == "character":
         return character_tokenizer(texts)
+    if name == "bpe" and trained is None:
+        return bpe_tokenizer(texts, vocab_size)
     if name == "bpe":
-        return finished(Tokenizer.from_str(trained.read_text())) if trained else bpe_tokenizer(texts, vocab_size)
+        try:
+            return finished(Tokenizer.from_str(trained.read_text()))
+        except Exception as error:  # tokenizers has no other
+            raise InputError(f"{trained} is no tokenizer: {one_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
