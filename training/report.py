@@ -337,14 +337,18 @@ def next_steps(config: RunConfig, step: int) -> list[str]:
     folder = config.train.output_dir
     prompt = ["--prompt", config.train.sample_prompts[0]] if config.train.sample_prompts else []
     resume = ["python", "train.py", str(Path(folder) / SETTINGS_FILE), "train.resume=true"]
-    patience = ["train.early_stopping_patience=null"] if config.train.early_stopping_patience else []
+    longer = [f"train.steps={2 * step}"]
+    longer += ["train.early_stopping_patience=null"] if config.train.early_stopping_patience else []
+    longer += ["hub.push=false"] if config.hub.push else []  # no repository is pushed to twice
     repository = config.hub.repository or "USER/NAME"
     commands = {
         "sample": ["python", "-m", "examples.generate", "--model", folder, *prompt],
-        "resume": [*resume, f"train.steps={2 * step}", *patience],
+        "resume": [*resume, *longer],
         "push": [*resume, "hub.push=true", f"hub.repository={repository}"],
         "serve": ["python", "-m", "modeling_minrnn.serve", folder],
     }
+    if config.hub.push:
+        del commands["push"]
     return [f"{name + ':':8}{shlex.join(words)}" for name, words in commands.items()]
 
 
