@@ -17,6 +17,7 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
+from training.command_line import parse_command_line
 from training.config import (
     MOST_SKIPPED_STEPS,
     InputError,
@@ -25,7 +26,6 @@ from training.config import (
     exit_with_one_line,
     load_config,
     one_line,
-    parse_command_line,
 )
 
 if __name__ == "__main__":  # a wrong setting is told before the imports below, which take seconds

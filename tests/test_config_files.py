@@ -90,13 +90,24 @@ def test_a_wrong_override_is_one_line_about_its_key(minimal, override, message):
         (MINIMAL.replace("python-stdlib", "python-stdlib, files: [a]"), "data: set one of data.dataset"),
         (MINIMAL.replace("python-stdlib", "python-stdlib, held_out_fraction: 1"), "data.held_out_fraction is 1.0"),
         (MINIMAL.replace("python-stdlib", "python-stdlib, tokenizer_vocab_size: 9"), "data.tokenizer_vocab_size is 9"),
-        (MINIMAL.replace("dataset: python-stdlib", "mixture: [{weight: 1}]"), "data.mixture[0]: set one of dataset"),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: [{weight: 1}]"),
+            "data.mixture has {'weight': 1}: a source is",
+        ),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: {a: 1}"),
+            "data.mixture has {'a': 1}: a source is {dataset",
+        ),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: [{files: a, dataset: b}]"),
+            "data.mixture[0]: set one of",
+        ),
         (
             MINIMAL.replace("dataset: python-stdlib", "mixture: [{files: a}, {dataset: b, weight: 0}]"),
             "data.mixture[1].weight is 0.0: must be positive",
         ),
         (
-            MINIMAL.replace("dataset: python-stdlib", "mixture: [{datset: a}]"),
+            MINIMAL.replace("dataset: python-stdlib", "mixture: [{files: a, datset: a}]"),
             "data.mixture: Key 'datset' not in 'MixedConfig'. Did you mean one of: 'dataset'",
         ),
         (MINIMAL.replace("steps: 9", "steps: 9, warmup_steps: 10"), "train.warmup_steps + train.decay_steps is 10"),

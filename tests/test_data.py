@@ -102,7 +102,7 @@ def test_every_file_is_split_at_a_character(tmp_path_factory, contents, fraction
             load_documents(config)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.data.BLOCK_BYTES", 3)  # less than some characters have
+        patch.setattr("training.files.BLOCK_BYTES", 3)  # less than some characters have
         assert [documents_of(split) for split in load_documents(config)] == expected
 
 
@@ -239,7 +239,7 @@ def test_a_split_of_its_own_is_taken_whole(folder):
     ],
 )
 def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr("training.data.BLOCK_BYTES", 3)
+    monkeypatch.setattr("training.files.BLOCK_BYTES", 3)
     path = tmp_path / "binary"
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"^{path} {message}$"):
@@ -308,8 +308,8 @@ def test_a_vocabulary_beyond_16_bits_keeps_its_ids():
 
 
 def test_a_file_is_tokenised_in_a_fraction_of_its_size(tmp_path, monkeypatch):
-    for name, value in {"BLOCK_BYTES": 2**12, "PIECE_CHARACTERS": 2**10, "PIECES_AT_ONCE": 4}.items():
-        monkeypatch.setattr(f"training.data.{name}", value)
+    for name, value in {"files.BLOCK_BYTES": 2**12, "data.PIECE_CHARACTERS": 2**10, "data.PIECES_AT_ONCE": 4}.items():
+        monkeypatch.setattr(f"training.{name}", value)
     text = "a line of some length, é\n" * 20_000  # 0.5 MB, tokens of 1 MB
     (tmp_path / "input.txt").write_text(text)
     training, _ = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))

@@ -69,6 +69,8 @@ def test_a_model_too_large_to_make_is_one_line(setting, train_main, tmp_path, na
     ("override", "message", "absent"),
     [
         ("train.stepz=3", "unknown key train.stepz", {"torch", "transformers"}),
+        ("data.files=absent/*", "data.files: absent/* matches no file", {"datasets", "matplotlib", "modeling_minrnn"}),
+        ("data.tokenizer=bytes", "data.tokenizer is 'bytes': must be", {"datasets", "matplotlib", "modeling_minrnn"}),
         # MinRNNConfig takes torch and parts of transformers with it.
         ("model.hidden_size=-1", "hidden_size must be at least 1", {"datasets", "matplotlib", "modeling_minrnn"}),
     ],

@@ -1,6 +1,5 @@
 """The settings of a run: a YAML file with the sections `model`, `data`, `train` and `hub`, and key=value overrides."""
 
-import argparse
 import difflib
 import importlib
 import re
@@ -385,8 +384,8 @@ def set_values(config: DictConfig, sections: Any) -> None:
                 raise InputError(f"unknown key {section}.{key}; the nearest known one is {section}.{near}")
             if isinstance(value, str) and section != "model" and OmegaConf.is_list(config[section]._get_node(key)):
                 value = [value]  # one path, prompt or tracker
-            if key == "mixture" and isinstance(value, list):
-                value = [with_lists(source) if isinstance(source, dict) else source for source in value]
+            if key == "mixture":
+                value = [with_lists(source) for source in value] if isinstance(value, list) else [with_lists(value)]
             if not is_text(str(value)):  # by an escape
                 raise InputError(f"{section}.{key} is {value!r}: half a character is no text")
             try:
@@ -504,35 +503,14 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split("full_key:")[0].split())
 
 
-def with_lists(source: dict[str, Any]) -> dict[str, Any]:
+def with_lists(source: Any) -> dict[str, Any]:
     """Of a source of a mixture: one path is a list of one."""
-    lone = {
-        key: [value] for key, value in source.items() if key in ("files", "held_out_files") and isinstance(value, str)
-    }
-    return source | lone
-
-
-class Parser(argparse.ArgumentParser):
-    def format_help(self) -> str:
-        return super().format_help() + settings_help()
-
-
-def parse_command_line() -> argparse.Namespace:
-    """Of train.py. Ends the process where the settings cannot be used, or are only to be shown."""
-    parser = Parser(description="Train a minGRU or minLSTM language model.")
-    parser.add_argument("config", help="YAML file with the settings of the run, e.g. configs/demo.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100, or another YAML file"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print all settings of the run as YAML, and exit")
-    command_line = parser.parse_intermixed_args()
-    with exit_with_one_line():
-        settings = load_config(command_line.config, command_line.overrides)
-        check_tokenizer(settings.data.tokenizer)
-    if command_line.print_config:
-        print(settings_yaml(resolved(settings)), end="")
-        sys.exit()
-    return command_line
+    if not isinstance(source, dict) or not source.keys() & {"dataset", "files"}:
+        raise InputError(
+            f"data.mixture has {source!r}: a source is {{dataset: NAME, weight: 1}} or {{files: [PATH], ...}}"
+        )
+    lone = {key for key in ("files", "held_out_files") if isinstance(source.get(key), str)}
+    return source | {key: [source[key]] for key in lone}
 
 
 @contextmanager

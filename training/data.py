@@ -11,7 +11,6 @@ import os
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from codecs import IncrementalDecoder, getincrementaldecoder
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,16 +41,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .config import STDLIB, DataConfig, InputError, SourceConfig, one_line
+from .files import TABLES, count_characters, names_files, read_blocks, table_kind, training_and_held_out
 
 # The tests of the standard library are not installed everywhere, and some are deliberately not valid source.
 NOT_STDLIB_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-# Files whose rows are documents, with the builder of datasets that reads them.
-TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # A tokenizer keeps some 200 bytes a character while it works: long documents are encoded in pieces, few at a time.
 PIECE_CHARACTERS = 2**14
 PIECES_AT_ONCE = 64
-# Bytes of a file that are read at once.
-BLOCK_BYTES = 2**20
 # Documents tokenised per call.
 DOCUMENT_BATCH = 64
 READING = "data, while it is read"
@@ -112,29 +108,9 @@ def stdlib_documents(held_out_fraction: float) -> tuple[Dataset, Dataset]:
     return in_memory(splits[False]), in_memory(splits[True])
 
 
-def names_files(dataset: str) -> bool:
-    """Whether data.dataset is a glob, a text file or a folder with text files: load_dataset would read lines."""
-    path = Path(dataset)
-    if path.is_dir():
-        return any(map(is_plain, files_of_folder(path)))
-    return is_plain(path) if path.is_file() else glob.has_magic(dataset)
-
-
-def is_plain(path: Path) -> bool:
-    return path.suffix.lower() == ".txt"
-
-
-def table_kind(path: Path) -> str | None:
-    return TABLES.get(path.suffix.lower())
-
-
 def file_documents(source: SourceConfig, config: DataConfig) -> tuple["Documents", "Documents"]:
     """Rows of tables, and each text file as one document, with held-out files of their own or a part of every file."""
-    held_out = expand(source.held_out_files, "data.held_out_files")
-    others = {path.resolve() for path in held_out}
-    training = [
-        path for path in expand(source.files or [source.dataset], "data.files") if path.resolve() not in others
-    ]
+    training, held_out = training_and_held_out(source)
     if held_out:
         return tuple(split_files(paths, 0.0, source, config.streaming)[0] for paths in (training, held_out))
     return split_files(training, config.held_out_fraction, source, config.streaming)
@@ -192,61 +168,6 @@ Documents = Dataset | IterableDataset
 
 def in_memory(texts: list[str]) -> Dataset:
     return Dataset.from_dict({"text": [text for text in texts if text]})
-
-
-def expand(patterns: list[str], key: str) -> list[Path]:
-    """The files that paths, globs and folders name, each once, in the order of the patterns, matches sorted."""
-    paths: dict[Path, None] = {}
-    for pattern in patterns:
-        if Path(pattern).is_dir():
-            matches = [path for path in files_of_folder(Path(pattern)) if is_plain(path) or table_kind(path)]
-            wanted = (
-                f"holds no {', '.join(TABLES)} or .txt file: for others give a glob, {Path(pattern) / '**' / '*.md'}"
-            )
-        else:
-            # A file may have brackets in its name.
-            names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-            matches, wanted = [Path(name) for name in names if Path(name).is_file()], "matches no file"
-        if not matches:
-            raise InputError(f"{key}: {pattern} {wanted}")
-        paths |= dict.fromkeys(matches)
-    return [*paths]
-
-
-def files_of_folder(folder: Path) -> list[Path]:
-    """Those of its folders too, none that is hidden."""
-    return [
-        path
-        for path in map(Path, sorted(glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))
-        if path.is_file()
-    ]
-
-
-def read_blocks(path: Path) -> Iterator[str]:
-    """The text of a file, BLOCK_BYTES at a time. Raises InputError where it is not UTF-8 text."""
-    decoder, start = getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
-        while data := file.read(BLOCK_BYTES):
-            yield decode(decoder, data, start, path)
-            start += len(data)
-    decode(decoder, b"", start, path)
-
-
-def decode(decoder: IncrementalDecoder, data: bytes, start: int, path: Path) -> str:
-    """The bytes of `path` from `start` on, and before them what is left of a character; b"" ends the file."""
-    start_of_character = start - len(decoder.getstate()[0])
-    try:
-        text = decoder.decode(data, final=not data)
-    except UnicodeDecodeError as error:
-        position, value = start_of_character + error.start, error.object[error.start]
-        raise InputError(f"{path} is not UTF-8 text: byte {position} is 0x{value:02x}") from error
-    if (position := data.find(0)) >= 0:
-        raise InputError(f"{path} is not text: byte {start + position} is 0x00")
-    return text
-
-
-def count_characters(path: Path) -> int:
-    return sum(map(len, read_blocks(path)))
 
 
 def stretch(blocks: Iterable[str], first: int, last: int) -> Iterator[str]:
