@@ -1,7 +1,6 @@
 """Settings: the shipped files are valid, and every fault is one line that names the key and the file."""
 
 import re
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -10,10 +9,10 @@ import pytest
 from accelerate.commands.config import load_config_from_file
 
 from modeling_minrnn import MinRNNConfig
+from training.command_line import parse_command_line
 from training.config import DataConfig, InputError, MixedConfig, RunConfig, load_config
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs"
+CONFIGS = Path(__file__).parent.parent / "configs"
 MINIMAL = """
 data: {dataset: python-stdlib}
 train: {steps: 9, batch_size: 2, sequence_length: 8, learning_rate: 0.01, eval_every_steps: 3, save_every_steps: 4,
@@ -157,14 +156,22 @@ def test_a_later_file_wins_over_the_first_and_the_command_line_over_both(tmp_pat
         load_config(minimal, [str(tmp_path / "later.yaml")])
 
 
-def train_py(*arguments):
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    """What `train.py ARGUMENTS` prints before it ends."""
+
+    def shown(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            parse_command_line()
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    return shown
 
 
-def test_help_lists_every_key_with_its_default_and_meaning():
-    done = train_py("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    listed = dict(re.findall(r"^    (\w+\.\w+)  \((.*)\)\n        \S", done.stdout, re.MULTILINE))
+def test_help_lists_every_key_with_its_default_and_meaning(shown):
+    listed = dict(re.findall(r"^    (\w+\.\w+)  \((.*)\)\n        \S", shown("--help"), re.MULTILINE))
     keys = {f"{section.name}.{key.name}" for section in fields(RunConfig)[1:] for key in fields(section.type)}
     of_tokenizer = {"bos_token_id", "eos_token_id", "pad_token_id"}
     assert {*listed} == keys | {f"model.{key}" for key in MinRNNConfig.__annotations__ if key in vars(MinRNNConfig)
@@ -174,17 +181,13 @@ def test_help_lists_every_key_with_its_default_and_meaning():
     assert {key: listed[key] for key in expected} == expected
 
 
-def test_what_print_config_shows_is_a_file_of_the_same_run_with_nothing_left_to_defaults(minimal, tmp_path):
+def test_what_print_config_shows_is_a_file_of_the_same_run_with_nothing_left_to_defaults(minimal, tmp_path, shown):
     overrides = ["model.hidden_size=32", "data.mixture=[{dataset: a/b, weight: 3}, {files: c.txt}]"]
-    done = train_py(minimal, "--print-config", *overrides)
-    assert (done.returncode, done.stderr) == (0, "")
-    (tmp_path / "shown.yaml").write_text(done.stdout)
-    shown, run = load_config(str(tmp_path / "shown.yaml"), []), load_config(minimal, overrides)
-    assert (shown.data, shown.train, shown.hub) == (run.data, run.train, run.hub)
-    assert (
-        shown.model["cell_type"] == "mingru"
-        and MinRNNConfig(**shown.model).to_dict() == MinRNNConfig(**run.model).to_dict()
-    )
+    (tmp_path / "shown.yaml").write_text(shown(minimal, "--print-config", *overrides))
+    printed, run = load_config(str(tmp_path / "shown.yaml"), []), load_config(minimal, overrides)
+    assert (printed.data, printed.train, printed.hub) == (run.data, run.train, run.hub)
+    assert printed.model["cell_type"] == "mingru"
+    assert MinRNNConfig(**printed.model).to_dict() == MinRNNConfig(**run.model).to_dict()
 
 
 def test_a_missing_file_is_named():
