@@ -10,11 +10,8 @@ from importlib import metadata
 
 import pytest
 import torch
-import trackio
 from omegaconf import OmegaConf
 from small_runs import TEXT
-from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import training.report
@@ -91,6 +88,10 @@ def two_runs(run, tmp_path):
 
 
 def test_runs_compare_in_trackers_and_by_their_folders(two_runs, tmp_path, capsys):
+    import trackio  # these two are not installed beside the oldest transformers
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
     settings = {name: flat_settings(load_config(str(folder / "run.yaml"), [])) for name, folder in two_runs.items()}
     assert settings["second"]["data.tokenizer"] == "bpe" and settings["first"]["data.held_out_tokens"] == "null"
     assert len(settings["first"]) > 60 and settings["first"]["model.conv_kernel_size"] == 4
