@@ -150,6 +150,6 @@ def test_a_finished_run_says_in_four_lines_what_to_do_next_and_they_can_be_done(
         train_main(commands["push:"][2], commands["push:"][3:])
     monkeypatch.setattr(sys, "argv", [*commands["sample:"][2:], "--max-new-tokens", "3"])
     capsys.readouterr()
-    runpy.run_module(commands["sample:"][2])
+    runpy.run_module(commands["sample:"][2], run_name="__main__")
     assert capsys.readouterr().out.startswith("3 times")
-    assert commands["serve:"] == ["python", "-m", "modeling_minrnn.serve", str(folder)]
+    assert commands["serve:"] == ["python", "-m", "minrnn", "serve", str(folder)]

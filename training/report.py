@@ -335,17 +335,17 @@ def write_model_card(folder: Path, config: RunConfig, model: PreTrainedModel, pr
 def next_steps(config: RunConfig, step: int) -> list[str]:
     """Commands that do something with a finished run, one a line."""
     folder = config.train.output_dir
-    prompt = ["--prompt", config.train.sample_prompts[0]] if config.train.sample_prompts else []
+    prompt = config.train.sample_prompts[:1]
     resume = ["python", "train.py", str(Path(folder) / SETTINGS_FILE), "train.resume=true"]
     longer = [f"train.steps={2 * step}"]
     longer += ["train.early_stopping_patience=null"] if config.train.early_stopping_patience else []
     longer += ["hub.push=false"] if config.hub.push else []  # no repository is pushed to twice
     repository = config.hub.repository or "USER/NAME"
     commands = {
-        "sample": ["python", "-m", "examples.generate", "--model", folder, *prompt],
+        "sample": ["python", "-m", "minrnn", "sample", folder, *prompt],
         "resume": [*resume, *longer],
         "push": [*resume, "hub.push=true", f"hub.repository={repository}"],
-        "serve": ["python", "-m", "modeling_minrnn.serve", folder],
+        "serve": ["python", "-m", "minrnn", "serve", folder],
     }
     if config.hub.push:
         del commands["push"]
