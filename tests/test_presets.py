@@ -24,7 +24,7 @@ GPT2_VOCABULARY = 50257  # not fetched here
 def test_a_preset_has_as_many_parameters_as_its_name_says_with_both_cells(path, cell_type):
     config = load_config(str(path), [f"model.cell_type={cell_type}"])
     assert config.train.output_dir == f"runs/{path.stem}"
-    if config.data.tokenizer == "gpt2":
+    if config.data.tokenizer == "openai-community/gpt2":
         config.model["vocab_size"] = GPT2_VOCABULARY
     with torch.device("meta"):
         model = build_model(config.model, byte_tokenizer())
