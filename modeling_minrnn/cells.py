@@ -5,6 +5,8 @@ B batch, T time, D state width. A state is h (D,) and, for some cells, log-sums 
     h[t] = a[t] * h[t-1] + b[t]                  a and b depend on the token and on L[t-1], not on h
     L[t] = log(exp(L[t-1] + f[t]) + exp(k[t]))   f and k depend on the token alone
 
+Or a matrix for each of several heads, S (n, n), of which a token reads y = S^T q, D numbers in all: `Matrix`.
+
 A cell gives log a and b, never a itself: rounded to float32, an a near 1 is wrong by 1e-3 after 262,144 tokens. Either
 as `Convex`, where b = (1 - a) * c, or as `Linear`. `scan.py` solves both over T at once. `docs/new-cell.md` shows how
 to add one.
@@ -52,6 +54,18 @@ class Linear(NamedTuple):
             cosine, sine = self.phase.cos().to(h.dtype), self.phase.sin().to(h.dtype)
             return complex_product(torch.cat([cosine, -sine if back else sine], -1), h)
         return h if self.sign is None else self.sign.to(h.dtype) * h
+
+
+class Matrix(NamedTuple):
+    """S = diag(exp(log_decay)) S + key value^T, then y = S^T query, a head; log_decay <= 0.
+
+    query, log_decay, key and value: (..., heads, n).
+    """
+
+    query: Tensor
+    log_decay: Tensor
+    key: Tensor
+    value: Tensor
 
 
 def carry_dtype(device: torch.device) -> torch.dtype:
@@ -106,6 +120,14 @@ def advance_log_sum(terms: LogSum, L: Tensor) -> Tensor:
     return terms.score + softplus(L + terms.log_decay - terms.score)  # logaddexp has no second derivative at -1e30
 
 
+def advance_matrix(terms: Matrix, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state (B, S) after one token, and what it reads (B, D)."""
+    key, value, log_decay = terms.key[..., None], terms.value[..., None, :], terms.log_decay[..., None]
+    matrix = state.view(key.shape[:-1] + value.shape[-1:])
+    matrix = advance(Linear(log_decay, key * value), matrix)
+    return matrix.flatten(1), (terms.query[..., None] * matrix).sum(-2).flatten(1)
+
+
 def log_uniform_timescales(channels: int, max_timescale: float, device: torch.device) -> Tensor:
     """(channels,) memories 1 / -log(a) of 1..max_timescale tokens (Tallec & Ollivier 2018, arXiv 1804.11188)."""
     return torch.exp(torch.rand(channels, device=device) * math.log(max_timescale))
@@ -147,9 +169,13 @@ class Cell:
         """E, how many log-sums there are beside the D numbers of h."""
         return 0
 
+    def state_numbers(self, D: int) -> int:
+        """S."""
+        return D + self.log_sums(D)
+
     def start(self, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(S,), the state before the first token: zero, and nothing seen."""
-        start = torch.zeros(D + self.log_sums(D), dtype=dtype, device=device)
+        start = torch.zeros(self.state_numbers(D), dtype=dtype, device=device)
         if self.log_sums(D):
             start[D:] = NOTHING_SEEN
         return start
@@ -179,8 +205,8 @@ class Cell:
         """The bias of each block of the projection, with which a = exp(-1 / timescale) where the input is zero."""
         raise NotImplementedError
 
-    def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Convex | Linear:
-        """What one token, or each of several, does to h.
+    def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Any:
+        """What one token, or each of several, does to h: `Convex` or `Linear`; to matrices: `Matrix`.
 
         Args:
             projected: (..., width).
@@ -195,6 +221,7 @@ class Cell:
 
     system: ClassVar[Any] = None  # (A, B) in place of `gates`, where h = A h + B u and A is not diagonal
     reads_out: ClassVar[bool] = False  # whether the outputs are not simply h
+    has_matrices: ClassVar[bool] = False  # in place of h: `matrix_recurrence.py` computes it
 
     def states_of(self, outputs: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """h (..., D) and L (..., E): `rest` is what the outputs of a scan do not hold of the states."""
@@ -315,6 +342,11 @@ class SignedMinGRU(Cell):
         return [decay, torch.zeros_like(decay), torch.zeros_like(decay)]
 
 
+def _check_heads(num_heads: int, D: int) -> None:
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"num_heads must divide the state width, {D}, not be {num_heads}")
+
+
 @dataclass(frozen=True)
 class Aaren(Cell):
     """Attention of one constant query a head over the whole past: h is the mean of v, weighted by exp(score).
@@ -327,8 +359,7 @@ class Aaren(Cell):
     splits_by_channel = False
 
     def blocks(self, D):
-        if self.num_heads < 1 or D % self.num_heads:
-            raise ValueError(f"num_heads must divide the state width, {D}, not be {self.num_heads}")
+        _check_heads(self.num_heads, D)
         return self.num_heads, D
 
     def log_sums(self, D):
@@ -494,9 +525,13 @@ class HGRN(Cell):
 
     def gates(self, projected, parameters, log_sums):
         forget, x = projected.chunk(2, -1)
+        return Convex(self._log_odds(forget, parameters), x * sigmoid(x))
+
+    @staticmethod
+    def _log_odds(forget: Tensor, parameters: Tensor) -> Tensor:
         bound, rest = F.logsigmoid(parameters[0]), F.logsigmoid(-parameters[0])  # log l, log(1 - l)
         log_decay = torch.logaddexp(bound, rest + F.logsigmoid(forget))
-        return Convex(rest + F.logsigmoid(-forget) - log_decay, x * sigmoid(x))
+        return rest + F.logsigmoid(-forget) - log_decay
 
     def initial_parameters(self, D, layer, num_layers, max_timescale, device):
         bound = max(layer / num_layers, 1e-3)
@@ -504,8 +539,43 @@ class HGRN(Cell):
         if max_timescale is not None:
             a = torch.exp(-1 / log_uniform_timescales(D, max_timescale, device))
             share = ((a - bound) / (1 - bound)).clamp(1e-3)  # of sigmoid(forget); a shorter memory than l has none
-            initial["bias"] = torch.cat([torch.logit(share), torch.zeros_like(share)])
+            initial["bias"] = torch.cat([torch.logit(share), share.new_zeros(sum(self.blocks(D)[1:]))])
         return initial
+
+
+@dataclass(frozen=True)
+class HGRN2(HGRN):
+    """HGRN with a matrix for its state, S = diag(a) S + (1 - a) v^T a head: what the gate lets in is the key to it.
+
+    a as of HGRN, y = S^T silu(q), projected = [forget | v | q]. Each row of S is a mean of v: a head keeps n = D / heads
+    of them, and q says how they are mixed.
+    """
+
+    num_heads: int = 1
+    name, label, source = "hgrn2", "HGRN2", "arXiv 2404.07904"
+    has_matrices = True
+    splits_by_channel = False
+
+    def blocks(self, D):
+        _check_heads(self.num_heads, D)
+        return D, D, D
+
+    def state_width(self, projected_width):
+        D = super().state_width(projected_width)
+        _check_heads(self.num_heads, D)
+        return D
+
+    def state_numbers(self, D):
+        return D * D // self.num_heads
+
+    def gates(self, projected, parameters, log_sums):
+        forget, v, q = projected.chunk(3, -1)
+        log_odds = self._log_odds(forget, parameters)
+        terms = q * sigmoid(q), -softplus(log_odds), sigmoid(log_odds), v
+        return Matrix(*(x.unflatten(-1, (self.num_heads, -1)) for x in terms))
+
+    def log_decay(self, projected, parameters, log_sums):
+        return super().log_decay(projected, parameters, log_sums).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -561,7 +631,7 @@ class LMU(Cell):
 
 
 CELLS: dict[str, type[Cell]] = {
-    cell.name: cell for cell in (MinGRU, MinLSTM, SignedMinGRU, Aaren, RWKV4, LRU, RGLRU, HGRN, LMU)
+    cell.name: cell for cell in (MinGRU, MinLSTM, SignedMinGRU, Aaren, RWKV4, LRU, RGLRU, HGRN, HGRN2, LMU)
 }
 
 

@@ -74,10 +74,10 @@ class MinRNNConfig(PreTrainedConfig):
         hidden_size: H, width of the residual stream.
         num_hidden_layers: layers.
         cell_type: a name of `cells.CELLS`: "mingru" (one gate), "minlstm" (forget and input gate), "mingru_signed",
-            "aaren", "rwkv4", "lru", "rglru", "hgrn" or "lmu"; or a list of them, one for each layer.
+            "aaren", "rwkv4", "lru", "rglru", "hgrn", "hgrn2" or "lmu"; or a list of them, one for each layer.
         candidate: of "mingru" and "minlstm": "g" (None; positive, the paper's) or "linear", a state of either sign.
-        num_heads: of "aaren", the means that share D; None for the largest of 8, 4, 2, 1 that divides D. Of other
-            cells 1.
+        num_heads: of "aaren", the means that share D; of "hgrn2", the matrices, of D / num_heads rows and columns each.
+            None for the largest of 8, 4, 2, 1 that divides D. Of other cells 1.
         memory_order, memory_window: of "lmu", numbers of state a channel (None for the largest of 16, 8, 4, 2, 1 that
             divides D) and the tokens that they stand for (None for 256).
         output_gate: multiply what the recurrence gives by silu(W x), x its input.

@@ -127,7 +127,7 @@ class MinRNN(nn.Module):
     @property
     def state_size(self) -> int:
         """S."""
-        return self.hidden_size + self.cell.log_sums(self.hidden_size)
+        return self.cell.state_numbers(self.hidden_size)
 
     def forward(
         self,

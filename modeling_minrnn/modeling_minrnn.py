@@ -128,7 +128,7 @@ class MinRNNRecurrence(CellProjection):
         self.layer_idx, self.backend = layer_idx, config.scan_backend
         self.gate_proj = nn.Linear(config.hidden_size, D, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(D, config.hidden_size, bias=False)
-        start = nn.Parameter(torch.empty(D + cell.log_sums(D))) if config.learned_initial_state else None
+        start = nn.Parameter(torch.empty(cell.state_numbers(D))) if config.learned_initial_state else None
         self.register_parameter("initial_state", start)
 
     def start(self, like: Tensor) -> Tensor:
@@ -144,7 +144,10 @@ class MinRNNRecurrence(CellProjection):
         carried: LayerState | None = None,
         group: "torch.distributed.ProcessGroup | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S)."""
+        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S).
+
+        Of matrices the states are those of the latest tokens, as many as may have to be gone back to.
+        """
         # Within this forward, as parameters may be offloaded or sharded outside that of their own module.
         reset_state = self.start(hidden_states)
         state = reset_state.expand(hidden_states.shape[0], -1)
@@ -163,6 +166,7 @@ class MinRNNRecurrence(CellProjection):
             reset_state,
             self.backend,
             group,
+            MAX_ROLLBACK_TOKENS + 1 if exact_states else 0,
         )
         outputs = scanned.outputs.to(projected.dtype)
         if self.gate_proj is not None:
@@ -253,7 +257,7 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
             windows = windows_after(conv_input, window, masks.taps, first)
             final_window = windows[-1]
             if carried.record_past:
-                past = [(states[:, t].clone(), kept) for t, kept in enumerate(windows, first)]
+                past = [(states[:, t - T].clone(), kept) for t, kept in enumerate(windows, first)]
         return hidden_states, final_state, final_window, past
 
 
@@ -360,8 +364,11 @@ class MinRNNPreTrainedModel(PreTrainedModel):
                 start = rnn.start(hidden_states).expand(len(hidden_states), -1)
                 start = start if carried is None else carried.state_or(start)
                 projected = rnn.in_proj(hidden_states)
-                parameters = rnn.parameters_of_cell(projected)
-                report.add(rnn.cell, projected, parameters, start, output[1], masks.padding)
+                parameters, states = rnn.parameters_of_cell(projected), output[1]
+                if rnn.cell.has_matrices:
+                    scanned = scan_states(projected, rnn.cell, start, parameters, None, masks.padding, backend="loop")
+                    states = scanned.all_states()
+                report.add(rnn.cell, projected, parameters, start, states, masks.padding)
 
             return listen
 

@@ -26,7 +26,7 @@ def scan(
     """(outputs (B, T, D), final_state (B, S)) in float64, differentiable; arguments as in `scan.minrnn_scan`.
 
     cell_type: with ":linear" behind "mingru" or "minlstm", their candidate is the projection itself. parameters: (P,
-    channels). options: num_heads of "aaren", memory_order and memory_window of "lmu".
+    channels). options: num_heads of "aaren" and "hgrn2", memory_order and memory_window of "lmu".
     """
     B, T, _ = projected.shape
     name, _, variant = cell_type.partition(":")
@@ -188,6 +188,17 @@ def hgrn(inputs):
     return states, states[:, -1]
 
 
+def hgrn2(inputs):
+    """arXiv 2404.07904, eq. 6 and 7: S = diag(f) S + (1 - f) v^T, y = S^T silu(q), a head; f as of hgrn."""
+    forget, v, q = (x.unflatten(-1, (inputs.num_heads, -1)) for x in inputs.x.chunk(3, -1))
+    bound = torch.sigmoid(inputs.parameters[0]).view(forget[0, 0].shape)
+    f = (bound + (1 - bound) * torch.sigmoid(forget))[..., None]
+    added = ((1 - bound) * torch.sigmoid(-forget))[..., None] * v[..., None, :]
+    states = recurrence(f.expand_as(added).flatten(2), added.flatten(2), inputs.start, inputs.reset_state, inputs)
+    outputs = (silu(q)[..., None] * states.view_as(added)).sum(-2).flatten(2)
+    return outputs, states[:, -1]
+
+
 def lmu(inputs):
     """The Legendre memory unit's state (Voelker et al. 2019, eq. 1 and 2), zero-order hold of a step of one token."""
     N, theta = inputs.memory_order, inputs.memory_window
@@ -247,7 +258,7 @@ class Recurrence(torch.autograd.Function):
 
 EQUATIONS = {
     "mingru": convex, "minlstm": convex, "mingru_signed": mingru_signed, "aaren": aaren, "rwkv4": rwkv4, "lru": lru,
-    "rglru": rglru, "hgrn": hgrn, "lmu": lmu,
+    "rglru": rglru, "hgrn": hgrn, "hgrn2": hgrn2, "lmu": lmu,
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from oracle import normal, random_mask, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 
-from modeling_minrnn import backends, cells, linear_scan, minrnn_scan, scan_blocks
+from modeling_minrnn import cells, linear_scan, matrix_recurrence, minrnn_scan, operators, scan_blocks
 from modeling_minrnn.cells import LMU, LRU, RGLRU, RWKV4, Aaren
 from modeling_minrnn.scan import stack_parameters, step_loop
 
@@ -106,6 +106,8 @@ def combinations():
                         continue  # refused
                     if backend in ("loop", "triton") and (shape[1] > 100 or shape[2] > 100):
                         continue  # takes seconds
+                    if cell.has_matrices and shape[2] > 100:
+                        continue  # gigabytes
                     # Rounding is that of loads and stores, of which one tile of triton's interpreter has all.
                     rounded = (1, 63, 5) if backend == "triton" else (3, 63, 33)
                     if dtype not in (torch.float32, torch.float64) and shape != rounded:
@@ -179,15 +181,19 @@ def test_any_masks_equal_the_oracle(cell, backend):
 LONG = {"torch": 262144, "numba": 262144, "triton": 120}  # tokens
 GATES = {  # blocks of `projected` that are gates, and which way each makes a cell remember
     "mingru": {0: -1}, "minlstm": {0: 1, 1: -1}, "mingru_signed": {0: 0.3, 1: -0.3}, "aaren": {0: -1},
-    "rwkv4": {0: -1}, "lru": {}, "rglru": {0: -1}, "hgrn": {0: 1}, "lmu": {},
+    "rwkv4": {0: -1}, "lru": {}, "rglru": {0: -1}, "hgrn": {0: 1}, "hgrn2": {0: 1}, "lmu": {},
 }  # fmt: skip
+
+
+def long_channels(cell):
+    return 3 if cell.has_matrices else 6
 
 
 @functools.lru_cache(1)
 def long_problem_and_expected_outcome(cell, T):
     """Channels that forget, that remember for 1e5 tokens, and of both by turns; so do memories of parameters."""
-    arguments = problem(cell, 1, T, 6)
-    D = width(cell, 6)
+    D = width(cell, long_channels(cell))
+    arguments = problem(cell, 1, T, long_channels(cell))
     sign = random_mask(T, 1, seed=11, share=0.5) * 2.0 - 1
     blocks = list(arguments["projected"].split(cell.blocks(D), -1))
     for block, way in GATES[cell.name].items():
@@ -212,7 +218,8 @@ def test_errors_do_not_grow_with_the_sequence(cell, backend):
     """Outputs and the gradient of each block of `projected` by the kind of its gates, all else as a whole."""
     arguments, expected = long_problem_and_expected_outcome(cell, LONG[backend])
     actual = by_package(cell, backend, arguments)
-    blocks = {"outputs": [width(cell, 6)], "d_projected": cell.blocks(width(cell, 6))}
+    D = width(cell, long_channels(cell))
+    blocks = {"outputs": [D], "d_projected": cell.blocks(D)}
     for name in actual:
         for block, pair in enumerate(
             zip(*(x[name].split(list(blocks.get(name, [x[name].shape[-1]])), -1) for x in (actual, expected)))
@@ -522,14 +529,14 @@ def test_bad_input_of_a_linear_scan_is_one_line(change, message):
 @every_cell
 def test_a_device_without_float64_is_asked_for_none(cell, monkeypatch):
     """The operators of "torch" behind the mode, which does not see into a custom operator."""
-    for module in (cells, scan_blocks):
+    for module in (cells, matrix_recurrence, scan_blocks):
         monkeypatch.setattr(module, "carry_dtype", lambda device: torch.float32)
     given = problem(cell, 2, 9, 4)
     reset, padding = (random_mask(2, 9, share=0.3, seed=seed) for seed in (1, 2))
     arguments = [given["projected"], stack_parameters(cell, given["parameters"], given["projected"])]
     arguments += [given["initial_state"], given["reset_state"]]
     inputs = scan_blocks.ScanInputs(*arguments, reset, padding, cell, "torch")
-    chosen = backends.kernels("torch", "cpu")
+    chosen = operators._kernels(inputs)
     with WithoutFloat64():
         outputs, rest, final_state = scan_blocks.forward(inputs, chosen)
         upstream = given["d_outputs"], torch.zeros_like(rest), given["d_final_state"]

@@ -26,7 +26,7 @@ H = 12
 FIELDS = {"hidden_size": H, "num_hidden_layers": 2, "expansion_factor": 1, "intermediate_size": 8}
 PLAIN = {"learned_initial_state": False, "output_gate": False}
 FULL = {"learned_initial_state": True, "output_gate": True}
-# Fields of each cell, and the log-sums that it keeps beside a state of 12 channels.
+# Fields of each cell, and the numbers that it keeps beside a state of 12 channels.
 MODELS = {
     "mingru": (PLAIN, 0),
     "minlstm": (FULL, 0),
@@ -38,6 +38,7 @@ MODELS = {
     "lru": (FULL, 0),
     "rglru": (PLAIN, 1),
     "hgrn": (FULL, 0),
+    "hgrn2": (PLAIN | {"num_heads": 2}, 60),
     "lmu": (PLAIN | {"memory_order": 3, "memory_window": 9}, 0),
     "mixed": (FULL | {"cell_type": ["aaren", "lmu", "rwkv4"], "num_hidden_layers": 3, "num_heads": 2}, None),
 }
@@ -412,7 +413,7 @@ def test_exported_programs_compute_what_the_model_does(small_export):
 @torch.no_grad()
 def test_onnx_files_compute_what_the_model_does(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    cells = ["mingru_signed", "rwkv4", "lru", "hgrn", "lmu"]
+    cells = ["mingru_signed", "rwkv4", "lru", "hgrn", "hgrn2", "lmu"]
     model = model_of("lmu", **FULL, cell_type=cells, num_hidden_layers=len(cells), intermediate_size=0)
     export_onnx(model, tmp_path / "onnx")
     prefill, decode = (onnxruntime.InferenceSession(tmp_path / f"onnx/{n}.onnx") for n in ("prefill", "decode"))
@@ -542,7 +543,7 @@ def log_decays(cell, projected, w, before, config):
         return -w["nu"].exp().expand(len(projected), -1)
     if cell == "rglru":
         return -8 * F.softplus(w["decay"]) * torch.sigmoid(projected[:, :D])
-    if cell == "hgrn":
+    if cell in ("hgrn", "hgrn2"):
         bound = torch.sigmoid(w["bound"])
         return (bound + (1 - bound) * torch.sigmoid(projected[:, :D])).log()
     return projected.new_full((len(projected), 1), -1 / config.memory_window)
@@ -568,7 +569,7 @@ def test_a_timescale_is_minus_one_over_the_mean_of_the_logarithm_of_a_written_ou
             w = {key.removeprefix(prefix + "rnn."): weight for key, weight in written.weights.items()}
             projected = written.linear(x, prefix + "rnn.in_proj.")
             decays.append(log_decays(cell, projected, w, kept[:-1, H:], model.config).clamp(min=-104))
-            states.append(kept[1:, :H])
+            states.append(kept[1:, : H + MODELS[name][1] if cell == "hgrn2" else H])
         decays, states = torch.cat(decays), torch.cat(states)
         torch.testing.assert_close(report.timescales.double(), -1 / decays.mean(0), rtol=1e-5, atol=0.0)
         assert report.tokens == 17
@@ -656,8 +657,8 @@ def test_one_sequence_over_two_processes_is_read_and_differentiated_as_in_one():
 
 # What two processes can share the channels of, and their fields.
 SPLIT = {name: {"learned_initial_state": name in ("mingru", "minlstm:linear", "mingru_signed", "hgrn")}
-         for name in MODELS if name not in ("aaren", "lru", "lmu", "mixed")}  # fmt: skip
-UNSPLIT = {name: {} for name in ("aaren", "lru", "lmu", "mixed")} | {"rwkv4": FULL, "rglru": FULL}
+         for name in MODELS if name not in ("aaren", "lru", "hgrn2", "lmu", "mixed")}  # fmt: skip
+UNSPLIT = {name: {} for name in ("aaren", "lru", "hgrn2", "lmu", "mixed")} | {"rwkv4": FULL, "rglru": FULL}
 
 
 def split_over_processes(folder):
