@@ -525,13 +525,14 @@ class HGRN(Cell):
 
     def gates(self, projected, parameters, log_sums):
         forget, x = projected.chunk(2, -1)
-        return Convex(self._log_odds(forget, parameters), x * sigmoid(x))
+        log_kept, log_given = self._log_shares(forget, parameters)
+        return Convex(log_given - log_kept, x * sigmoid(x))
 
     @staticmethod
-    def _log_odds(forget: Tensor, parameters: Tensor) -> Tensor:
+    def _log_shares(forget: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """log a and log(1 - a); neither exact where it nears 0."""
         bound, rest = F.logsigmoid(parameters[0]), F.logsigmoid(-parameters[0])  # log l, log(1 - l)
-        log_decay = torch.logaddexp(bound, rest + F.logsigmoid(forget))
-        return rest + F.logsigmoid(-forget) - log_decay
+        return torch.logaddexp(bound, rest + F.logsigmoid(forget)), rest + F.logsigmoid(-forget)
 
     def initial_parameters(self, D, layer, num_layers, max_timescale, device):
         bound = max(layer / num_layers, 1e-3)
@@ -570,8 +571,8 @@ class HGRN2(HGRN):
 
     def gates(self, projected, parameters, log_sums):
         forget, v, q = projected.chunk(3, -1)
-        log_odds = self._log_odds(forget, parameters)
-        terms = q * sigmoid(q), -softplus(log_odds), sigmoid(log_odds), v
+        log_kept, log_given = self._log_shares(forget, parameters)
+        terms = F.silu(q), -softplus(log_given - log_kept), log_given.exp(), v
         return Matrix(*(x.unflatten(-1, (self.num_heads, -1)) for x in terms))
 
     def log_decay(self, projected, parameters, log_sums):

@@ -2,10 +2,10 @@
 
 B batch, T time, C tokens of a chunk, K chunks, heads of n x n numbers, D = heads * n, S = heads * n * n.
 
-What of a token j is left at a later one, i, is exp(sum of log a over j + 1 .. i). No such sum is a difference of two
-running ones, which would lose the digits of the shorter, and whose gradient would be a difference, too; and none is
-positive, so that nothing overflows. For that a chunk is halved, and halved again: what its first half leaves for the
-second is a product of keys that decay to the middle, and queries that decay from there.
+What of a token j is left at a later one, i, is the product of a over j + 1 .. i. As a quotient of two running products
+it would overflow, and as a difference of their logarithms lose its digits, and its gradient with it. Hence a chunk is
+halved, and halved again: what its first half leaves for the second is a product of keys that decay to the middle and
+queries that decay from there.
 """
 
 import functools
@@ -101,45 +101,55 @@ def _chunks(terms: Matrix, reset: Tensor | None, state: Tensor, reset_state: Ten
     reset: (B, 1, K, C), or None where there is none.
     """
     query, log_decay, key, value = terms
-    if reset is None:
-        kept = log_decay.cumsum(-2)
-    else:
-        documents = reset.cumsum(-1)
-        # Sums over the tokens of a document up to each, without those before it.
-        same = (documents[..., None] == documents[..., None, :]).tril()
-        kept = same.to(log_decay.dtype) @ log_decay
-        log_decay = log_decay.masked_fill(reset[..., None], -torch.inf)
-        is_reset = documents[..., -1, None, None] > 0
-        reset_state = reset_state.to(state.dtype)
-    decay = kept[..., -1, :, None].to(state.dtype).exp()
-    added = (key * _after(log_decay).exp()).mT @ value
+    within, query, key, _ = decayed_products(query, key, log_decay.exp(), reset)
+    if reset is not None:
+        documents, reset_state = reset.cumsum(-1)[..., None], reset_state.to(state.dtype)
+        is_reset = documents[..., -1:, :] > 0
+        log_decay = log_decay.masked_fill(documents != documents[..., -1:, :], 0)
+    decay = log_decay.sum(-2, dtype=state.dtype).exp()[..., None]  # a product of rounded ones would drift
+    added = key.mT @ value
     starts = []
     for k in range(key.shape[2]):
         starts.append(state)
         state = state if reset is None else torch.where(is_reset[:, :, k], reset_state, state)
         state = decay[:, :, k] * state + added[:, :, k]
-    query, within = query * kept.exp(), decayed_products(query, key, log_decay) @ value
-    start = torch.stack(starts, 2).to(query.dtype)
+    outputs, start = within @ value, torch.stack(starts, 2).to(query.dtype)
     if reset is None:
-        return within + query @ start, state
-    first = documents[..., None] == 0
-    of_start, of_reset = query.where(first, 0) @ start, query.where(~first, 0) @ reset_state[:, None].to(query.dtype)
-    return within + of_start + of_reset, state
+        return outputs + query @ start, state
+    first = documents == 0
+    outputs = outputs + query.where(first, 0) @ start
+    return outputs + query.where(~first, 0) @ reset_state[:, None].to(query.dtype), state
 
 
-def _after(log_decay: Tensor) -> Tensor:
-    """The sum over all tokens after each."""
-    return F.pad(log_decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+def decayed_products(
+    query: Tensor, key: Tensor, decay: Tensor, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is left of one token at another, in a chunk of C tokens.
 
+    Args:
+        query, key, decay: (..., C, n), C a power of two. reset: (..., C) or None.
 
-def decayed_products(query: Tensor, key: Tensor, log_decay: Tensor) -> Tensor:
-    """(..., C, C), of token i with each j <= i: query_i . (exp(sum of log_decay over j + 1 .. i) * key_j)."""
+    Returns:
+        (..., C, C), of token i with each j <= i the sum of query_i * key_j * decay_{j+1} * ... * decay_i, zero across a
+        reset; (..., C, n) the queries as they are from the start of the chunk, or from the latest reset, and the keys
+        as they are at its end; and (..., 1, n) what is left at the end of the start, or of the latest reset.
+    """
     C = key.shape[-2]
     if C == 1:
-        return (query * key).sum(-1, keepdim=True)
-    query, key, log_decay = (x.unflatten(-2, (2, C // 2)) for x in (query, key, log_decay))
-    first, second = decayed_products(query, key, log_decay).unbind(-3)
-    to_middle = key[..., 0, :, :] * _after(log_decay[..., 0, :, :]).exp()
-    from_middle = query[..., 1, :, :] * log_decay[..., 1, :, :].cumsum(-2).exp()
-    below = from_middle @ to_middle.mT
-    return torch.cat([F.pad(first, (0, C // 2)), torch.cat([below, second], -1)], -2)
+        return (query * key).sum(-1, keepdim=True), query * decay, key, decay
+    halves = [x.unflatten(-2, (2, C // 2)) for x in (query, key, decay)]
+    reset = None if reset is None else reset.unflatten(-1, (2, C // 2))
+    products, queries, keys, left = (x.unbind(-3) for x in decayed_products(*halves, reset))
+    from_start, from_middle, passed, total = left[0] * queries[1], queries[1], left[1], left[0] * left[1]
+    if reset is not None:
+        seen = reset[..., 1, :].cumsum(-1)[..., None] > 0
+        is_reset = seen[..., -1:, :]
+        from_start, from_middle = torch.where(seen, from_middle, from_start), from_middle.masked_fill(seen, 0)
+        passed, total = passed.masked_fill(is_reset, 0), torch.where(is_reset, passed, total)
+    below = from_middle @ keys[0].mT if C > 2 else (from_middle * keys[0]).sum(-1, keepdim=True)
+    return (
+        torch.cat([F.pad(products[0], (0, C // 2)), torch.cat([below, products[1]], -1)], -2),
+        torch.cat([queries[0], from_start], -2),
+        torch.cat([passed * keys[0], keys[1]], -2),
+        total,
+    )
