@@ -59,13 +59,18 @@ class Linear(NamedTuple):
 class Matrix(NamedTuple):
     """S = diag(exp(log_decay)) S + key value^T, then y = S^T query, a head; log_decay <= 0.
 
-    query, log_decay, key and value: (..., heads, n).
+    With `rate` what is written is the difference to what the key finds, S = S + rate key (value - S^T key)^T, of each of
+    several steps in turn.
+
+    query, log_decay, key and value: (..., heads, n), log_decay or (..., heads, 1). With `rate` (..., steps, heads, 1)
+    key and value are (..., steps, heads, n).
     """
 
     query: Tensor
     log_decay: Tensor
     key: Tensor
     value: Tensor
+    rate: Tensor | None = None
 
 
 def carry_dtype(device: torch.device) -> torch.dtype:
@@ -122,10 +127,15 @@ def advance_log_sum(terms: LogSum, L: Tensor) -> Tensor:
 
 def advance_matrix(terms: Matrix, state: Tensor) -> tuple[Tensor, Tensor]:
     """The state (B, S) after one token, and what it reads (B, D)."""
-    key, value, log_decay = terms.key[..., None], terms.value[..., None, :], terms.log_decay[..., None]
-    matrix = state.view(key.shape[:-1] + value.shape[-1:])
-    matrix = advance(Linear(log_decay, key * value), matrix)
-    return matrix.flatten(1), (terms.query[..., None] * matrix).sum(-2).flatten(1)
+    query, log_decay, key, value, rate = terms
+    matrix = state.view(*query.shape, query.shape[-1])
+    if rate is None:
+        matrix = advance(Linear(log_decay[..., None], key[..., None] * value[..., None, :]), matrix)
+    else:
+        matrix = advance(Linear(log_decay[..., None], torch.zeros_like(matrix)), matrix)
+        for k, v, step_rate in zip(key[..., None].unbind(1), value.unbind(1), rate.unbind(1)):
+            matrix = matrix + k * (step_rate * (v - (k * matrix).sum(-2)))[..., None, :]
+    return matrix.flatten(1), (query[..., None] * matrix).sum(-2).flatten(1)
 
 
 def log_uniform_timescales(channels: int, max_timescale: float, device: torch.device) -> Tensor:
@@ -545,17 +555,29 @@ class HGRN(Cell):
 
 
 @dataclass(frozen=True)
-class HGRN2(HGRN):
+class _Matrices(Cell):
+    """A state of num_heads matrices, of n = D / num_heads rows and columns each."""
+
+    num_heads: int = 1
+    has_matrices = True
+    splits_by_channel = False
+
+    def state_numbers(self, D):
+        return D * D // self.num_heads
+
+    def log_decay(self, projected, parameters, log_sums):
+        return super().log_decay(projected, parameters, log_sums).flatten(-2)
+
+
+@dataclass(frozen=True)
+class HGRN2(_Matrices, HGRN):
     """HGRN with a matrix for its state, S = diag(a) S + (1 - a) v^T a head: what the gate lets in is the key to it.
 
     a as of HGRN, y = S^T silu(q), projected = [forget | v | q]. Each row of S is a mean of v: a head keeps n = D / heads
     of them, and q says how they are mixed.
     """
 
-    num_heads: int = 1
     name, label, source = "hgrn2", "HGRN2", "arXiv 2404.07904"
-    has_matrices = True
-    splits_by_channel = False
 
     def blocks(self, D):
         _check_heads(self.num_heads, D)
@@ -566,17 +588,73 @@ class HGRN2(HGRN):
         _check_heads(self.num_heads, D)
         return D
 
-    def state_numbers(self, D):
-        return D * D // self.num_heads
-
     def gates(self, projected, parameters, log_sums):
         forget, v, q = projected.chunk(3, -1)
         log_kept, log_given = self._log_shares(forget, parameters)
         terms = F.silu(q), -softplus(log_given - log_kept), log_given.exp(), v
         return Matrix(*(x.unflatten(-1, (self.num_heads, -1)) for x in terms))
 
-    def log_decay(self, projected, parameters, log_sums):
-        return super().log_decay(projected, parameters, log_sums).flatten(-2)
+
+@dataclass(frozen=True)
+class GatedDelta(_Matrices):
+    """The gated delta rule: what a key finds is replaced, S = a S, then S = S + rate k (v - S^T k)^T, y = S^T q, a head.
+
+    log a = -exp(decay) softplus(gate + step), rate = 2 sigmoid(r), k and q silu of theirs and of length 1. Along k what
+    was there is multiplied by a (1 - rate), between -1 and 1; `householder_steps` such keys a token multiply S by more
+    than a reflection: by any rotation with as many keys as it has dimensions (arXiv 2502.10297). projected = [gate a
+    head | r a step and head | k a step | v a step | q].
+    """
+
+    householder_steps: int = 1
+    name, label, source = "gated_delta", "gated DeltaNet", "arXiv 2412.06464"
+    parameter_names = ("decay", "step")
+    remembers_by = "parameters"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.householder_steps < 1:
+            raise ValueError(f"householder_steps must be at least 1, not {self.householder_steps}")
+
+    def blocks(self, D):
+        _check_heads(self.num_heads, D)
+        steps = self.householder_steps
+        return self.num_heads, steps * self.num_heads, steps * D, steps * D, D
+
+    def state_width(self, projected_width):
+        steps, heads = self.householder_steps, self.num_heads
+        D = (projected_width - heads * (1 + steps)) // (1 + 2 * steps)
+        if D < 1 or D % heads or sum(self.blocks(D)) != projected_width:
+            raise ValueError(
+                f"projected must be (B, T, {1 + 2 * steps} D + {heads * (1 + steps)}), D a multiple of {heads}, for "
+                f"{self.name!r}, not {projected_width} wide"
+            )
+        return D
+
+    def parameter_channels(self, D):
+        return self.num_heads
+
+    def gates(self, projected, parameters, log_sums):
+        gate, rate, k, v, q = projected.split(self.blocks(self.state_width(projected.shape[-1])), -1)
+        decay, step = parameters
+        log_decay = -decay.exp() * softplus(gate + step)
+        rate, k, v = (x.unflatten(-1, (self.householder_steps, self.num_heads, -1)) for x in (rate, k, v))
+        q = q.unflatten(-1, (self.num_heads, -1))
+        return Matrix(self._unit(q), log_decay[..., None], self._unit(k), v, 2 * sigmoid(rate))
+
+    @staticmethod
+    def _unit(x: Tensor) -> Tensor:
+        x = F.silu(x)
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+    def initial_parameters(self, D, layer, num_layers, max_timescale, device):
+        heads = self.num_heads
+        if max_timescale is None:  # as of Mamba-2, whose gates these are
+            steps = 0.1 * torch.exp(math.log(0.01) * torch.rand(heads, device=device))
+            decay = torch.log(1 + 15 * torch.rand(heads, device=device))
+        else:
+            steps = 1 / log_uniform_timescales(heads, max_timescale, device)
+            decay = torch.zeros(heads, device=device)
+        return {"decay": decay, "step": torch.log(torch.expm1(steps))}
 
 
 @dataclass(frozen=True)
@@ -632,7 +710,7 @@ class LMU(Cell):
 
 
 CELLS: dict[str, type[Cell]] = {
-    cell.name: cell for cell in (MinGRU, MinLSTM, SignedMinGRU, Aaren, RWKV4, LRU, RGLRU, HGRN, HGRN2, LMU)
+    cell.name: cell for cell in (MinGRU, MinLSTM, SignedMinGRU, Aaren, RWKV4, LRU, RGLRU, HGRN, HGRN2, GatedDelta, LMU)
 }
 
 

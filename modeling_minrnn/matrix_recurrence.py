@@ -1,11 +1,12 @@
-"""The recurrence of matrices S = diag(a) S + key value^T, y = S^T query: chunks of time by products of matrices.
+"""The recurrence of matrices, `cells.Matrix`: chunks of time by products of matrices.
 
 B batch, T time, C tokens of a chunk, K chunks, heads of n x n numbers, D = heads * n, S = heads * n * n.
 
 What of a token j is left at a later one, i, is the product of a over j + 1 .. i. As a quotient of two running products
 it would overflow, and as a difference of their logarithms lose its digits, and its gradient with it. Hence a chunk is
 halved, and halved again: what its first half leaves for the second is a product of keys that decay to the middle and
-queries that decay from there.
+queries that decay from there. With the delta rule a chunk also solves a triangular system (the WY form of a product of
+Householder matrices, arXiv 2406.06484).
 """
 
 import functools
@@ -19,7 +20,7 @@ from .backends import Kernels
 from .cells import Matrix, carry_dtype
 from .scan_blocks import ScanInputs, derivative
 
-CHUNK = 64  # tokens at a time
+CHUNK = 32  # tokens at a time: with 64 no faster, and with the delta rule less exact
 BLOCK_ELEMENTS = 1 << 20  # of outputs that are differentiated at a time
 
 
@@ -75,24 +76,34 @@ def _blocks(inputs: ScanInputs) -> list[tuple[Tensor, list[Tensor | None]]]:
 
 def _block(inputs: ScanInputs, masks, x: Tensor, parameters: Tensor, reset_state: Tensor, state: Tensor):
     """Outputs (B, length, D) of the tokens x after `state` (B, S), and the last state in the dtype of `state`."""
-    length, reset, padding = x.shape[1], *masks
-    size = min(CHUNK, 1 << (length - 1).bit_length())
-    if extra := -length % size:
-        x = F.pad(x, (0, 0, 0, extra))
-        padding = torch.zeros_like(x[:, :length, 0], dtype=torch.bool) if padding is None else padding
-        padding = F.pad(padding, (0, extra), value=True)
-        reset = None if reset is None else F.pad(reset, (0, extra))
+    reset, padding = masks
     terms: Matrix = inputs.cell.gates(x, parameters, x[..., :0])
     if padding is not None:
-        log_decay, key = (term.masked_fill(padding[..., None, None], 0) for term in (terms.log_decay, terms.key))
+        hidden = padding[..., None, None]
+        log_decay = terms.log_decay.masked_fill(hidden, 0)
+        key = terms.key.masked_fill(hidden if terms.rate is None else hidden[..., None], 0)
         terms = terms._replace(log_decay=log_decay, key=key)
-    # (B, heads, K, C, n)
-    terms = Matrix(*(term.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4).contiguous() for term in terms))
-    reset = None if reset is None else reset.unflatten(1, (-1, size))[:, None]
+    steps = 1 if terms.rate is None else terms.rate.shape[2]
+    if terms.rate is not None:  # a token a step: the first decays, the last reads
+        of_first, of_last = (0, 0, 0, 0, 0, steps - 1), (0, 0, 0, 0, steps - 1, 0)
+        query, log_decay = F.pad(terms.query[:, :, None], of_last), F.pad(terms.log_decay[:, :, None], of_first)
+        terms = Matrix(*(term.flatten(1, 2) for term in (query, log_decay, *terms[2:])))
+        reset = None if reset is None else F.pad(reset[..., None], (0, steps - 1)).flatten(1)
+    length = terms.key.shape[1]
+    size = min(CHUNK, 1 << (length - 1).bit_length())
+    extra = -length % size  # tokens that change nothing
+
+    def chunks(term: Tensor) -> Tensor:
+        term = F.pad(term, (0, 0, 0, 0, 0, extra)) if extra else term
+        return term.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4).contiguous()  # (B, heads, K, C, n)
+
+    reset = None if reset is None else F.pad(reset, (0, extra)).unflatten(1, (-1, size))[:, None]
+    terms = Matrix(*(None if term is None else chunks(term) for term in terms))
     heads, n = terms.key.shape[1], terms.key.shape[-1]
     matrices = (s.unflatten(-1, (heads, n, n)) for s in (state, reset_state))
     outputs, matrix = _chunks(terms, reset, *matrices)
-    return MatrixStates(outputs.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)[:, :length], matrix.flatten(1))
+    outputs = outputs.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
+    return MatrixStates(outputs[:, steps - 1 : length : steps], matrix.flatten(1))
 
 
 def _chunks(terms: Matrix, reset: Tensor | None, state: Tensor, reset_state: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +111,18 @@ def _chunks(terms: Matrix, reset: Tensor | None, state: Tensor, reset_state: Ten
 
     reset: (B, 1, K, C), or None where there is none.
     """
-    query, log_decay, key, value = terms
-    within, query, key, _ = decayed_products(query, key, log_decay.exp(), reset)
+    query, log_decay, key, value, rate = terms
+    readers = query if rate is None else torch.stack([query, key])
+    within, query, key, _ = decayed_products(readers, key, log_decay.exp(), reset)
+    replaced = None
+    if rate is not None:
+        # What a key finds in the chunk is of the keys before it: a triangular system for what each token writes. Its
+        # solution is value - replaced @ (the state before the chunk).
+        (within, found), (query, finder) = within.unbind(0), query.unbind(0)
+        written = torch.cat([rate * value, rate * finder], -1)
+        written = torch.linalg.solve_triangular(rate * found, written, upper=False, unitriangular=True)
+        value, replaced = written.tensor_split([value.shape[-1]], -1)
+        query, replaced = query - within @ replaced, key.mT @ replaced
     if reset is not None:
         documents, reset_state = reset.cumsum(-1)[..., None], reset_state.to(state.dtype)
         is_reset = documents[..., -1:, :] > 0
@@ -112,7 +133,8 @@ def _chunks(terms: Matrix, reset: Tensor | None, state: Tensor, reset_state: Ten
     for k in range(key.shape[2]):
         starts.append(state)
         state = state if reset is None else torch.where(is_reset[:, :, k], reset_state, state)
-        state = decay[:, :, k] * state + added[:, :, k]
+        kept = decay[:, :, k] * state
+        state = (kept if replaced is None else kept - replaced[:, :, k].to(state.dtype) @ state) + added[:, :, k]
     outputs, start = within @ value, torch.stack(starts, 2).to(query.dtype)
     if reset is None:
         return outputs + query @ start, state

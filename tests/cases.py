@@ -7,16 +7,17 @@ from oracle import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_minrnn.cells import HGRN, HGRN2, LMU, LRU, RGLRU, RWKV4, Aaren, Cell, MinGRU, MinLSTM, SignedMinGRU
+from modeling_minrnn.cells import HGRN, HGRN2, LMU, LRU, RGLRU, RWKV4, Aaren, Cell, GatedDelta, MinGRU, MinLSTM, SignedMinGRU
 
 CASES = {
     cell.spec: cell
     for cell in (
         MinGRU(), MinLSTM(), MinGRU("linear"), MinLSTM("linear"), SignedMinGRU(), Aaren(num_heads=2), RWKV4(), LRU(),
-        RGLRU(), HGRN(), HGRN2(num_heads=2), LMU(memory_order=3, memory_window=9),
+        RGLRU(), HGRN(), HGRN2(num_heads=2), GatedDelta(2, householder_steps=2),
+        LMU(memory_order=3, memory_window=9),
     )
 }  # fmt: skip
-WIDTHS = {"aaren": 2, "lru": 2, "hgrn2": 2, "lmu": 3}  # D is a multiple of
+WIDTHS = {"aaren": 2, "lru": 2, "hgrn2": 2, "gated_delta": 4, "lmu": 3}  # D is a multiple of
 
 
 def width(cell: Cell, channels: int) -> int:
