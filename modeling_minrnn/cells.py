@@ -59,8 +59,7 @@ class Linear(NamedTuple):
 class Matrix(NamedTuple):
     """S = diag(exp(log_decay)) S + key value^T, then y = S^T query, a head; log_decay <= 0.
 
-    With `rate` what is written is the difference to what the key finds, S = S + rate key (value - S^T key)^T, of each of
-    several steps in turn.
+    With `rate` what is written is what the key does not find, S = S + rate key (value - S^T key)^T, in several steps.
 
     query, log_decay, key and value: (..., heads, n), log_decay or (..., heads, 1). With `rate` (..., steps, heads, 1)
     key and value are (..., steps, heads, n).
@@ -573,7 +572,7 @@ class _Matrices(Cell):
 class HGRN2(_Matrices, HGRN):
     """HGRN with a matrix for its state, S = diag(a) S + (1 - a) v^T a head: what the gate lets in is the key to it.
 
-    a as of HGRN, y = S^T silu(q), projected = [forget | v | q]. Each row of S is a mean of v: a head keeps n = D / heads
+    a as of HGRN, y = S^T silu(q), projected = [forget | v | q]. Each row of S is a mean of v: a head has n = D / heads
     of them, and q says how they are mixed.
     """
 
@@ -597,12 +596,11 @@ class HGRN2(_Matrices, HGRN):
 
 @dataclass(frozen=True)
 class GatedDelta(_Matrices):
-    """The gated delta rule: what a key finds is replaced, S = a S, then S = S + rate k (v - S^T k)^T, y = S^T q, a head.
+    """The gated delta rule, which replaces what a key finds: S = a S, S = S + rate k (v - S^T k)^T, y = S^T q, a head.
 
-    log a = -exp(decay) softplus(gate + step), rate = 2 sigmoid(r), k and q silu of theirs and of length 1. Along k what
-    was there is multiplied by a (1 - rate), between -1 and 1; `householder_steps` such keys a token multiply S by more
-    than a reflection: by any rotation with as many keys as it has dimensions (arXiv 2502.10297). projected = [gate a
-    head | r a step and head | k a step | v a step | q].
+    log a = -exp(decay) softplus(gate + step), rate = 2 sigmoid(r), k and q of length 1 after silu. What S has along k
+    is multiplied by a (1 - rate), between -1 and 1. With `householder_steps` such keys a token S is not only reflected
+    but turned (arXiv 2502.10297). projected = [gate a head | r a step and head | k a step | v a step | q].
     """
 
     householder_steps: int = 1

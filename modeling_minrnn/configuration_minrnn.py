@@ -78,8 +78,8 @@ class MinRNNConfig(PreTrainedConfig):
             "aaren", "rwkv4", "lru", "rglru", "hgrn", "hgrn2",
             "gated_delta" or "lmu"; or a list of them, one for each layer.
         candidate: of "mingru" and "minlstm": "g" (None; positive, the paper's) or "linear", a state of either sign.
-        num_heads: of "aaren", the means that share D; of "hgrn2" and "gated_delta", the matrices, of D / num_heads rows and columns each.
-            None for the largest of 8, 4, 2, 1 that divides D. Of other cells 1.
+        num_heads: of "aaren", the means that share D; of "hgrn2" and "gated_delta", the matrices, of D / num_heads
+            rows and columns each. None for the largest of 8, 4, 2, 1 that divides D. Of other cells 1.
         householder_steps: of "gated_delta", the keys of a token, each of which replaces what it finds; None for 1.
         memory_order, memory_window: of "lmu", numbers of state a channel (None for the largest of 16, 8, 4, 2, 1 that
             divides D) and the tokens that they stand for (None for 256).

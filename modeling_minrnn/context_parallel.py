@@ -97,7 +97,7 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
 
 
 def _matrices(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrix of each head after a chunk is kept @ (that before it) + end: `kept` is what becomes of the identity."""
+    """The matrix of a head after a chunk is kept @ (that before it) + end: `kept` is what becomes of the identity."""
     start = inputs.initial_state
     n = start.shape[-1] // inputs.D  # S = heads * n^2 and D = heads * n
     identity = torch.eye(n, dtype=start.dtype, device=start.device).flatten().repeat(start.shape[-1] // n**2)

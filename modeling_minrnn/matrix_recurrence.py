@@ -79,31 +79,38 @@ def _block(inputs: ScanInputs, masks, x: Tensor, parameters: Tensor, reset_state
     reset, padding = masks
     terms: Matrix = inputs.cell.gates(x, parameters, x[..., :0])
     if padding is not None:
-        hidden = padding[..., None, None]
-        log_decay = terms.log_decay.masked_fill(hidden, 0)
-        key = terms.key.masked_fill(hidden if terms.rate is None else hidden[..., None], 0)
-        terms = terms._replace(log_decay=log_decay, key=key)
-    steps = 1 if terms.rate is None else terms.rate.shape[2]
-    if terms.rate is not None:  # a token a step: the first decays, the last reads
-        of_first, of_last = (0, 0, 0, 0, 0, steps - 1), (0, 0, 0, 0, steps - 1, 0)
-        query, log_decay = F.pad(terms.query[:, :, None], of_last), F.pad(terms.log_decay[:, :, None], of_first)
-        terms = Matrix(*(term.flatten(1, 2) for term in (query, log_decay, *terms[2:])))
-        reset = None if reset is None else F.pad(reset[..., None], (0, steps - 1)).flatten(1)
+        of_key = padding.view(*padding.shape, *[1] * (terms.key.dim() - 2))
+        log_decay = terms.log_decay.masked_fill(padding[..., None, None], 0)
+        terms = terms._replace(log_decay=log_decay, key=terms.key.masked_fill(of_key, 0))
+    steps = 1
+    if terms.rate is not None:
+        steps = terms.rate.shape[2]
+        terms, reset = _token_a_step(terms, reset, steps)
     length = terms.key.shape[1]
     size = min(CHUNK, 1 << (length - 1).bit_length())
-    extra = -length % size  # tokens that change nothing
+    extra = -length % size  # tokens of zeros, which change nothing
 
     def chunks(term: Tensor) -> Tensor:
         term = F.pad(term, (0, 0, 0, 0, 0, extra)) if extra else term
         return term.unflatten(1, (-1, size)).permute(0, 3, 1, 2, 4).contiguous()  # (B, heads, K, C, n)
 
     reset = None if reset is None else F.pad(reset, (0, extra)).unflatten(1, (-1, size))[:, None]
-    terms = Matrix(*(None if term is None else chunks(term) for term in terms))
+    rate = None if terms.rate is None else chunks(terms.rate)
+    terms = Matrix(*(chunks(term) for term in terms[:4]))._replace(rate=rate)
     heads, n = terms.key.shape[1], terms.key.shape[-1]
-    matrices = (s.unflatten(-1, (heads, n, n)) for s in (state, reset_state))
-    outputs, matrix = _chunks(terms, reset, *matrices)
+    outputs, matrix = _chunks(terms, reset, *(s.unflatten(-1, (heads, n, n)) for s in (state, reset_state)))
     outputs = outputs.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
     return MatrixStates(outputs[:, steps - 1 : length : steps], matrix.flatten(1))
+
+
+def _token_a_step(terms: Matrix, reset: Tensor | None, steps: int) -> tuple[Matrix, Tensor | None]:
+    """Each step as a token of its own: the first of a token decays and is reset, the last reads."""
+    query, log_decay, key, value, rate = terms
+    query = F.pad(query[:, :, None], (0, 0, 0, 0, steps - 1, 0))
+    log_decay = F.pad(log_decay[:, :, None], (0, 0, 0, 0, 0, steps - 1))
+    assert rate is not None
+    terms = Matrix(*(term.flatten(1, 2) for term in (query, log_decay, key, value, rate)))
+    return terms, None if reset is None else F.pad(reset[..., None], (0, steps - 1)).flatten(1)
 
 
 def _chunks(terms: Matrix, reset: Tensor | None, state: Tensor, reset_state: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,16 +159,16 @@ def decayed_products(
         query, key, decay: (..., C, n), C a power of two. reset: (..., C) or None.
 
     Returns:
-        (..., C, C), of token i with each j <= i the sum of query_i * key_j * decay_{j+1} * ... * decay_i, zero across a
-        reset; (..., C, n) the queries as they are from the start of the chunk, or from the latest reset, and the keys
-        as they are at its end; and (..., 1, n) what is left at the end of the start, or of the latest reset.
+        (..., C, C), of token i with each j <= i the sum of query_i * key_j * decay_{j+1} * ... * decay_i, zero across
+        a reset; (..., C, n) the queries, decayed from the start of the chunk or the latest reset, and the keys,
+        decayed to its end; and (..., 1, n) what is left at the end of the start, or of the latest reset.
     """
     C = key.shape[-2]
     if C == 1:
         return (query * key).sum(-1, keepdim=True), query * decay, key, decay
-    halves = [x.unflatten(-2, (2, C // 2)) for x in (query, key, decay)]
+    query, key, decay = (x.unflatten(-2, (2, C // 2)) for x in (query, key, decay))
     reset = None if reset is None else reset.unflatten(-1, (2, C // 2))
-    products, queries, keys, left = (x.unbind(-3) for x in decayed_products(*halves, reset))
+    products, queries, keys, left = (x.unbind(-3) for x in decayed_products(query, key, decay, reset))
     from_start, from_middle, passed, total = left[0] * queries[1], queries[1], left[1], left[0] * left[1]
     if reset is not None:
         seen = reset[..., 1, :].cumsum(-1)[..., None] > 0

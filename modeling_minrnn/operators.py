@@ -17,7 +17,7 @@ from .tangent import tangent
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (B, T, D) in the dtype of `projected`; in that of the state the rest, what these do not hold of the
-    states: L (B, T, E), or (B, T, S) where a cell reads out, of matrices nothing, (B, 0, S); and the final state (B, S)."""
+    states: L (B, T, E), or (B, T, S) where a cell reads out, but (B, 0, S) of matrices; and the final state (B, S)."""
     *tensors, cell, backend = inputs
     arguments = (*tensors, cell.spec, backend)
     return _apply(Scan, *arguments) if is_transformed() else _scan(*arguments)

@@ -253,10 +253,13 @@ def _step_at_the_end(inputs: ScanInputs, count: int) -> ScanOutputs:
     T = inputs.projected.shape[1]
     if count >= T:
         return ScanOutputs(*step_loop(inputs))
-    named = {name: x for name in ("projected", "reset_mask", "padding_mask") if (x := getattr(inputs, name)) is not None}
-    first, latest = ({name: x[:, part] for name, x in named.items()} for part in (slice(T - count), slice(-count, None)))
-    outputs, _, state = scan(inputs._replace(**first))
-    stepped, rest, state = step_loop(inputs._replace(**latest, initial_state=state))
+
+    def part(tokens: slice) -> ScanInputs:
+        reset, padding = (None if mask is None else mask[:, tokens] for mask in inputs[4:6])
+        return inputs._replace(projected=inputs.projected[:, tokens], reset_mask=reset, padding_mask=padding)
+
+    outputs, _, state = scan(part(slice(T - count)))
+    stepped, rest, state = step_loop(part(slice(T - count, T))._replace(initial_state=state))
     return ScanOutputs(torch.cat([outputs, stepped], 1), rest, state)
 
 

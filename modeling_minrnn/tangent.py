@@ -27,8 +27,9 @@ def tangent(
     if cell.system is not None:  # linear in all that it reads
         return scan(along)
     if cell.has_matrices:
-        primals = inputs.projected, inputs.parameters, inputs.initial_state, inputs.reset_state
-        return tuple(map(_change, matrix_forward(inputs._make([*map(make_dual, primals, tangents), *inputs[4:]]))))
+        duals = {name: make_dual(x, d) for name, x, d in zip(inputs._fields, inputs[:4], tangents)}
+        d_outputs, d_rest, d_final_state = map(_change, matrix_forward(inputs._replace(**duals)))
+        return d_outputs, d_rest, d_final_state
     x, parameters = make_dual(inputs.tokens(), along.tokens()), make_dual(inputs.parameters, tangents[1])
     start_h, start_L = along.initial_state.tensor_split([D], -1)
     reset_h, reset_L = along.reset_state.tensor_split([D])

@@ -7,7 +7,20 @@ from oracle import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_minrnn.cells import HGRN, HGRN2, LMU, LRU, RGLRU, RWKV4, Aaren, Cell, GatedDelta, MinGRU, MinLSTM, SignedMinGRU
+from modeling_minrnn.cells import (
+    HGRN,
+    HGRN2,
+    LMU,
+    LRU,
+    RGLRU,
+    RWKV4,
+    Aaren,
+    Cell,
+    GatedDelta,
+    MinGRU,
+    MinLSTM,
+    SignedMinGRU,
+)
 
 CASES = {
     cell.spec: cell

@@ -26,7 +26,7 @@ def scan(
     """(outputs (B, T, D), final_state (B, S)) in float64, differentiable; arguments as in `scan.minrnn_scan`.
 
     cell_type: with ":linear" behind "mingru" or "minlstm", their candidate is the projection itself. parameters: (P,
-    channels). options: num_heads of "aaren", "hgrn2" and "gated_delta", householder_steps, memory_order and memory_window of "lmu".
+    channels). options: num_heads, householder_steps, memory_order and memory_window of the cells that have them.
     """
     B, T, _ = projected.shape
     name, _, variant = cell_type.partition(":")
@@ -206,14 +206,15 @@ def gated_delta(inputs):
     D = (inputs.x.shape[-1] - heads * (1 + steps)) // (1 + 2 * steps)
     gate, rate, k, v, q = inputs.x.split([heads, steps * heads, steps * D, steps * D, D], -1)
     k, v, rate = (x.unflatten(-1, (steps, heads, -1)) for x in (k, v, rate))
-    k, q = (silu(x) / (silu(x).square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (k, q.unflatten(-1, (heads, -1))))
+    k, q = silu(k), silu(q.unflatten(-1, (heads, -1)))
+    k, q = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (k, q))
     decay, step = inputs.parameters
     n = D // heads
     kept = torch.exp(-torch.exp(decay) * softplus(gate + step))[..., None, None] * torch.eye(n, dtype=torch.float64)
     added = torch.zeros_like(kept)
     for k_j, v_j, rate_j in zip(k.unbind(2), v.unbind(2), (2 * torch.sigmoid(rate)).unbind(2)):
-        key = (rate_j * k_j)[..., None]
-        kept, added = kept - key * (k_j[..., None, :] @ kept), added + key * (v_j[..., None, :] - k_j[..., None, :] @ added)
+        column, row = (rate_j * k_j)[..., None], k_j[..., None, :]
+        kept, added = kept - column * (row @ kept), added + column * (v_j[..., None, :] - row @ added)
 
     def matrices(state):
         return None if state is None else state.unflatten(-1, (heads, n, n))

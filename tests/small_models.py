@@ -10,12 +10,13 @@ GATES = {"mingru": 2, "minlstm": 3}  # the parts of `projected`, the candidate i
 CELLS = tuple(GATES)
 # What the other cells are made of, as in the papers: learned vectors, options and log-sums beside a state of width D.
 PARAMETERS = {"rwkv4": ("decay", "bonus"), "lru": ("nu", "theta", "gamma"), "rglru": ("decay",), "hgrn": ("bound",),
-              "hgrn2": ("bound",)}  # fmt: skip
-OPTIONS = {"aaren": ("num_heads",), "hgrn2": ("num_heads",), "lmu": ("memory_order", "memory_window")}
+              "hgrn2": ("bound",), "gated_delta": ("decay", "step")}  # fmt: skip
+OPTIONS = {"aaren": ("num_heads",), "hgrn2": ("num_heads",), "gated_delta": ("num_heads", "householder_steps"),
+           "lmu": ("memory_order", "memory_window")}  # fmt: skip
 LOG_SUMS = {
     "aaren": lambda config: config.num_heads, "rwkv4": lambda config: config.state_size, "rglru": lambda config: 1,
 }  # fmt: skip
-MATRICES = ("hgrn2",)  # in place of a state of width D, num_heads of D / num_heads rows and columns
+MATRICES = ("hgrn2", "gated_delta")  # in place of a state of width D, num_heads of D / num_heads rows and columns
 VOCAB_SIZE = 37
 
 # Odd widths, so that no part can pass for another; each option on and off.
