@@ -184,7 +184,8 @@ def test_a_cache_holds_the_numbers_of_one_state_and_window_however_many_tokens_i
 
 @every_model
 @torch.no_grad()
-def test_tokens_taken_back_were_never_read(name):
+def test_tokens_taken_back_were_never_read(name, monkeypatch):
+    monkeypatch.setattr("modeling_minrnn.modeling_minrnn.MAX_ROLLBACK_TOKENS", 8)
     model, ids = model_of(name), random_ids(2, 20)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
