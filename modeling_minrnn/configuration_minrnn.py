@@ -75,8 +75,8 @@ class MinRNNConfig(PreTrainedConfig):
         hidden_size: H, width of the residual stream.
         num_hidden_layers: layers.
         cell_type: a name of `cells.CELLS`: "mingru" (one gate), "minlstm" (forget and input gate), "mingru_signed",
-            "aaren", "rwkv4", "lru", "rglru", "hgrn", "hgrn2",
-            "gated_delta" or "lmu"; or a list of them, one for each layer.
+            "aaren", "rwkv4", "lru", "rglru", "hgrn", "hgrn2", "gated_delta" or "lmu"; or a list of them, one for each
+            layer.
         candidate: of "mingru" and "minlstm": "g" (None; positive, the paper's) or "linear", a state of either sign.
         num_heads: of "aaren", the means that share D; of "hgrn2" and "gated_delta", the matrices, of D / num_heads
             rows and columns each. None for the largest of 8, 4, 2, 1 that divides D. Of other cells 1.
