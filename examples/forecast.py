@@ -98,7 +98,7 @@ class GRUForecaster(nn.Module):
 class ScansForecaster(nn.Module):
     """The blocks of mingru-scans: its decay multiplies a by exp(-rate * gap), with a learned rate."""
 
-    def __init__(self, width: int = 32, mixer: str = "signed"):
+    def __init__(self, width: int = 32, mixer: str = "log"):
         super().__init__()
         from mingru import MinGRUStack
 
