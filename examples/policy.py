@@ -35,9 +35,12 @@ def make_environments(number: int) -> gymnasium.vector.VectorEnv:
 
 
 class MinGRUMemory(nn.Module):
+    """Two layers, as the gates of one see what was just observed and nothing of the past."""
+
     def __init__(self):
         super().__init__()
-        self.rnn = MinGRU(WIDTH, WIDTH, batch_first=True, cell_type=MinGRUCell(candidate="linear"))
+        cell = MinGRUCell(candidate="linear")
+        self.rnn = MinGRU(WIDTH, WIDTH, num_layers=2, batch_first=True, cell_type=cell)
 
     def rows(self, x: Tensor, state: Tensor, begins: Tensor) -> Tensor:
         return self.rnn(x, state, reset_mask=begins)[0]
@@ -90,7 +93,7 @@ class Policy(nn.Module):
 
 
 class Rows(NamedTuple):
-    """What was seen and done, (B, T) each but `state` (1, B, WIDTH), with which the rows begin."""
+    """What was seen and done, (B, T) each but `state` (layers, B, WIDTH), with which the rows begin."""
 
     observations: Tensor  # (B, T, features)
     begins: Tensor  # an episode does, with this observation
@@ -112,7 +115,7 @@ class Actor:
         self.policy, self.environments = policy, make_environments(ENVIRONMENTS)
         observations, _ = self.environments.reset(seed=seed)
         self.observations = torch.from_numpy(observations)
-        self.state = torch.zeros(1, ENVIRONMENTS, WIDTH)
+        self.state = torch.zeros(policy.memory.rnn.num_layers, ENVIRONMENTS, WIDTH)
         self.begins, self.ended = torch.ones(ENVIRONMENTS, dtype=torch.bool), torch.zeros(ENVIRONMENTS).bool()
         self.lengths, self.finished = torch.zeros(ENVIRONMENTS), []  # of the episodes
 

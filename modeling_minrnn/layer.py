@@ -19,13 +19,35 @@ from .masks import Masks
 from .scan import scan_states, stack_parameters, state_dtype
 
 
+class NarrowLinear(nn.Linear):
+    """nn.Linear for few features: on a CPU the gradient of its weight takes a sixth of the time.
+
+    autograd computes that gradient in the layout of the weight, as grad.T @ x, which MKL does slowly for an x of few
+    columns. A copy of the weight in the other layout makes it x.T @ grad.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(input)
+        return F.linear(input, self.weight.t().contiguous().t(), self.bias)
+
+
 class CellProjection(nn.Module):
     """What a cell reads: `in_proj` of the input, and the learned vectors of the cell."""
 
-    def __init__(self, cell: Cell, input_size: int, state_size: int, bias: bool, device=None, dtype=None):
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        state_size: int,
+        bias: bool,
+        device=None,
+        dtype=None,
+        linear: type[nn.Linear] = nn.Linear,
+    ):
         super().__init__()
         self.cell, self.state_size = cell, state_size
-        self.in_proj = nn.Linear(input_size, sum(cell.blocks(state_size)), bias, device=device, dtype=dtype)
+        self.in_proj = linear(input_size, sum(cell.blocks(state_size)), bias, device=device, dtype=dtype)
         for name in cell.parameter_names:
             vector = torch.empty(cell.parameter_channels(state_size), device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(vector))
@@ -93,7 +115,10 @@ class MinRNN(nn.Module):
         directions = 1 + bidirectional
         widths = [input_size] * directions + [directions * hidden_size] * (directions * (num_layers - 1))
         self.projections = nn.ModuleList(  # one for each row of h_n: the layers in turn, each forwards, then backwards
-            CellProjection(self.cell, width, hidden_size, bias, device, dtype) for width in widths
+            CellProjection(
+                self.cell, width, hidden_size, bias, device, dtype, NarrowLinear if width <= 16 else nn.Linear
+            )
+            for width in widths
         )
         self.reset_parameters()
 
