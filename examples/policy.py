@@ -35,21 +35,33 @@ def make_environments(number: int) -> gymnasium.vector.VectorEnv:
 
 
 class MinGRUMemory(nn.Module):
-    """Two layers, as the gates of one see what was just observed and nothing of the past."""
+    """Two layers, their channels mixed: the gates of one see what was just observed and nothing of the past."""
+
+    layers = 2
 
     def __init__(self):
         super().__init__()
         cell = MinGRUCell(candidate="linear")
-        self.rnn = MinGRU(WIDTH, WIDTH, num_layers=2, batch_first=True, cell_type=cell)
+        self.rnns = nn.ModuleList(MinGRU(WIDTH, WIDTH, batch_first=True, cell_type=cell) for _ in range(self.layers))
+        self.mixes = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(self.layers))
 
     def rows(self, x: Tensor, state: Tensor, begins: Tensor) -> Tensor:
-        return self.rnn(x, state, reset_mask=begins)[0]
+        for rnn, mix, h in zip(self.rnns, self.mixes, state.split(1)):
+            x = x + mix(rnn(x, h, reset_mask=begins)[0])
+        return x
 
     def step(self, x: Tensor, state: Tensor, begins: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rnn.step(x, state, reset_mask=begins)
+        states = []
+        for rnn, mix, h in zip(self.rnns, self.mixes, state.split(1)):
+            output, h = rnn.step(x, h, reset_mask=begins)
+            x = x + mix(output)
+            states.append(h)
+        return x, torch.cat(states)
 
 
 class GRUMemory(nn.Module):
+    layers = 1
+
     def __init__(self):
         super().__init__()
         self.rnn = nn.GRU(WIDTH, WIDTH, batch_first=True)
@@ -115,7 +127,7 @@ class Actor:
         self.policy, self.environments = policy, make_environments(ENVIRONMENTS)
         observations, _ = self.environments.reset(seed=seed)
         self.observations = torch.from_numpy(observations)
-        self.state = torch.zeros(policy.memory.rnn.num_layers, ENVIRONMENTS, WIDTH)
+        self.state = torch.zeros(policy.memory.layers, ENVIRONMENTS, WIDTH)
         self.begins, self.ended = torch.ones(ENVIRONMENTS, dtype=torch.bool), torch.zeros(ENVIRONMENTS).bool()
         self.lengths, self.finished = torch.zeros(ENVIRONMENTS), []  # of the episodes
 
