@@ -158,14 +158,15 @@ def draw(models: dict[str, nn.Module], errors: dict[str, list[float]], path: str
     """The errors by mean gap, and the forecasts of one swing seen at another rate than in training."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, values in errors.items():
         left.plot(TEST_GAPS, values, marker="o", label=name)
     left.axvline(MEAN_GAP, color="grey", linestyle=":", label="in training")
     left.set(xscale="log", yscale="log", xlabel="mean gap between samples, s", ylabel="error ahead / rms of the angle")
+    left.minorticks_off()
     left.set_xticks(TEST_GAPS, list(map(str, TEST_GAPS)))
-    left.legend(fontsize="small")
+    left.set_yticks((0.1, 0.2, 0.5, 1), ("0.1", "0.2", "0.5", "1"))
     gaps, angles = make_series(1, TEST_GAPS[1], torch.Generator().manual_seed(7))
     times = gaps.cumsum(1)[0]
     right.plot(times[:SEEN], angles[0, :SEEN], "ko", markersize=4, label="seen")
@@ -173,8 +174,10 @@ def draw(models: dict[str, nn.Module], errors: dict[str, list[float]], path: str
     for name, model in models.items():
         with torch.no_grad():
             forecast = model(gaps, observed(angles))[0, SEEN:]
-        right.plot(times[SEEN:], forecast, marker=".", linewidth=0.8, label=name)
+        right.plot(times[SEEN:], forecast, marker=".", linewidth=0.8)
     right.set(xlabel=f"s, with a mean gap of {TEST_GAPS[1]} s", ylabel="angle, rad")
+    right.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
