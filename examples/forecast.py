@@ -171,7 +171,7 @@ def draw(models: dict[str, nn.Module], errors: dict[str, list[float]], path: str
     times = gaps.cumsum(1)[0]
     right.plot(times[:SEEN], angles[0, :SEEN], "ko", markersize=4, label="seen")
     right.plot(times[SEEN:], angles[0, SEEN:], "kx", label="to be forecast")
-    for name, model in models.items():
+    for model in models.values():
         with torch.no_grad():
             forecast = model(gaps, observed(angles))[0, SEEN:]
         right.plot(times[SEEN:], forecast, marker=".", linewidth=0.8)
