@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .cells import Cell, Convex, cell_of, softplus
+from .cells import Cell, Convex, Linear, cell_of, softplus
 from .masks import Masks
 from .scan import scan_states, stack_parameters, state_dtype
 
@@ -340,7 +340,7 @@ def _over_time(cell: Cell, projected: Tensor, parameters: Tensor, time_deltas: T
         rate = rate.clamp(min=1e-30)  # its logarithm and the derivative stay finite, where no time has passed
         log_odds = rate + torch.log(-torch.expm1(-rate))
         columns, scanned = (log_odds, terms.candidate), "mingru:candidate=linear"
-    elif terms is not None and terms.phase is not None:
+    elif isinstance(terms, Linear) and terms.phase is not None:
         # Their sums are rounded to float32, not the phases themselves: errors of equal steps would add up.
         exact = torch.remainder(terms.phase * time_deltas.to(terms.phase.dtype)[..., None], 2 * math.pi)
         rounded = F.pad((exact.cumsum(1) * 2**21).round(), (0, 0, 1, 0)).diff(dim=1) / 2**21
