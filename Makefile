@@ -3,6 +3,7 @@
 #              make test ARGS=tests/test_hub.py
 # make conformance   transformers' own tests of a model, those of FSDP among them, which take minutes
 # make soak   100 kills, 2000 damaged files and 10,000 steps: the long forms of tests, half an hour on one core
+# make docs   the documentation as a site, site/index.html; a link that leads nowhere is an error
 # Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
 
 PYTHON ?= python3
@@ -26,6 +27,9 @@ conformance: .venv/installed
 soak: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak --durations=0 -o faulthandler_timeout=0 $(ARGS)
 
+docs: .venv/documented
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # What training needs. torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
 .venv/trainable: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,4 +42,8 @@ soak: .venv/installed
 	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,gpu,train,onnx,serving,ecosystem,trackers,dev]'
 	touch $@
 
-.PHONY: train test conformance soak
+.venv/documented: .venv/trainable
+	$(BIN)/pip install --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.PHONY: train test conformance soak docs

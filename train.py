@@ -1,12 +1,12 @@
 """Train a minGRU or minLSTM language model:  python train.py configs/demo.yaml [section.key=value ...]
 
+--help lists every key, --print-config shows what a command would train.
 `accelerate launch [--config_file configs/accelerate/NAME.yaml] train.py ...` does the same on one or several devices.
 The script reads top to bottom: config -> data -> model -> loop -> save. training/ holds what it calls.
 
 B batch (windows of one process and micro-batch), T time (of the process, where several share a sequence).
 """
 
-import argparse
 import math
 import shlex
 import sys
@@ -17,15 +17,19 @@ from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
-from training.config import InputError, RunConfig, TrainConfig, exit_with_one_line, load_config, one_line
+from training.command_line import parse_command_line
+from training.config import (
+    MOST_SKIPPED_STEPS,
+    InputError,
+    RunConfig,
+    TrainConfig,
+    exit_with_one_line,
+    load_config,
+    one_line,
+)
 
 if __name__ == "__main__":  # a wrong setting is told before the imports below, which take seconds
-    parser = argparse.ArgumentParser(description="Train a minGRU or minLSTM language model.")
-    parser.add_argument("config", help="YAML file with the settings of the run, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100")
-    command_line = parser.parse_args()
-    with exit_with_one_line():
-        load_config(command_line.config, command_line.overrides)
+    command_line = parse_command_line()
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +46,7 @@ from training.allocator import keep_freed_memory
 from training.checkpoint import (
     CARD_FILE,
     SETTINGS_FILE,
+    TOKENIZER_FILE,
     TrainingState,
     changed_settings,
     check_best_model,
@@ -59,6 +64,7 @@ from training.data import (
     ParallelStreams,
     RandomWindows,
     TokenStream,
+    counted_stream,
     load_documents,
     streamed_windows,
     token_digests,
@@ -71,6 +77,7 @@ from training.precision import SLOW_BF16, SLOW_MUON, emulates_bf16
 from training.report import (
     MetricsLog,
     held_out_scores,
+    next_steps,
     plot_loss_curve,
     read_metrics,
     write_end,
@@ -81,10 +88,10 @@ from training.report import (
 from training.sharded import whole, whole_model
 from training.tasks import HeldOutQuestions, load_task
 from training.tokenizers import load_tokenizer
+from training.trackers import start_trackers, trackers_of
 
 EVALUATION_CHUNK_TOKENS = 4096
 FIRST_TOKENS = 1 << 16
-MOST_SKIPPED_STEPS = 10  # in a row, with train.on_nonfinite=skip
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
 EXIT_RESUME = 75  # by SIGTERM; EX_TEMPFAIL of sysexits.h: the same command with train.resume=true goes on
 
@@ -109,7 +116,7 @@ def main(path: str, overrides: list[str]) -> int:
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         mixed_precision="bf16" if train.bf16 else "no",
         dynamo_backend="inductor" if train.compile else None,
-        log_with=train.trackers or None,
+        log_with=trackers_of(config) or None,
         project_dir=train.output_dir,
     )
     notes = [f"train.bf16=true: {SLOW_BF16} (train.bf16=force: bfloat16 all the same)"] if emulated else []
@@ -134,7 +141,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     checkpoint = check_output_dir(config, accelerator.print)
 
     # ---- Data
-    tokenizer, batches, held_out, digests = load_data(config, accelerator, share)
+    tokenizer, batches, held_out, digests = load_data(config, accelerator, share, checkpoint)
 
     # ---- Model
     set_seed(train.seed)
@@ -147,6 +154,8 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     # ---- Loop
     accelerator.wait_for_everyone()  # all have checked the folder before it changes
     state = TrainingState(model, optimizer, batches, digests, context_ranks=share.context_ranks)
+    if config.data.tokenizer == "bpe" and not config.data.task:
+        state.trained_tokenizer = tokenizer
     if train.carry_state:
         state.caches = [DynamicCache(config=model.config) for _ in range(train.gradient_accumulation_steps)]
     if checkpoint:
@@ -168,7 +177,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     if not checkpoint:
         accelerator.wait_for_everyone()  # what was in the folder is gone
         save_checkpoint(accelerator, output_dir, config, state)  # whatever comes, there is one to go on from
-    accelerator.init_trackers(output_dir.name)
+    start_trackers(accelerator, config, resumed=progress.step > 0)
     step_tokens = train.batch_size * train.sequence_length
     all_tokens = progress.tokens + (train.steps - progress.step) * step_tokens
     accelerator.print(
@@ -284,11 +293,13 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
                     with same_error(f"{output_dir}: the model cannot be written, the one from before is intact"):
                         if accelerator.is_main_process:
                             save_best_model(output_dir, complete, tokenizer)
-                record(**held_out_scores(loss, config.data), held_out_accuracy=accuracy)
+                scores = held_out_scores(loss, held_out)
+                record(**scores, held_out_accuracy=accuracy)
                 if accelerator.is_main_process:
+                    bits = f"{scores['bits_per_byte']:.4f} bits per byte, " if "bits_per_byte" in scores else ""
                     bar.write(
                         f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}, "
-                        f"accuracy {accuracy:.1%}"
+                        f"{bits}accuracy {accuracy:.1%}"
                     )
                     for prompt in train.sample_prompts:
                         bar.write(sample(complete, tokenizer, prompt, train.sample_tokens, train.seed))
@@ -333,24 +344,32 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     del training_model
     accelerator.free_memory()
     accelerator.end_training()
+    if not interrupted and accelerator.is_main_process:
+        print(*next_steps(config, progress.step), sep="\n")
     if config.hub.push and not interrupted and accelerator.is_main_process:
         print(f"published as {push_folder(output_dir, config.hub)}")
     return exit_code
 
 
 def load_data(
-    config: RunConfig, accelerator: Accelerator, share: Share
+    config: RunConfig, accelerator: Accelerator, share: Share, checkpoint: Path | None
 ) -> tuple[PreTrainedTokenizerBase, Iterator[torch.Tensor], TokenStream | HeldOutQuestions, dict[str, str]]:
     """The tokenizer, the batches of this process, each (2, B, T) of inputs and targets, what is held out, digests."""
     data, train = config.data, config.train
     own_rows = slice(share.data_rank, None, share.data_ranks)
     if data.task:
         return *load_task(config, own_rows), {}
-    with accelerator.main_process_first():  # the others then find the tokens in the cache of datasets
+    with accelerator.main_process_first():  # the others then find the documents in the cache of datasets
         documents, held_out_documents = load_documents(data)
-        tokenizer = load_tokenizer(data.tokenizer, (document["text"] for document in documents))
+    tokenizer = None
+    if accelerator.is_main_process:  # one tokenizer, trained once
+        trained = checkpoint and (checkpoint / TOKENIZER_FILE).is_file() and checkpoint / TOKENIZER_FILE
+        texts = (document["text"] for document in documents)
+        tokenizer = load_tokenizer(data.tokenizer, texts, data.tokenizer_vocab_size, trained or None)
+    (tokenizer,) = broadcast_object_list([tokenizer])
+    with accelerator.main_process_first():
         model_config(config.model, tokenizer)  # what the two do not agree on is told before all is tokenised
-        held_out = token_stream(held_out_documents, tokenizer, data.held_out_tokens)
+        held_out = counted_stream(held_out_documents, tokenizer, data.held_out_tokens)
         if data.streaming:
             batches = streamed_windows(
                 documents,

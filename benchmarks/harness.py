@@ -203,7 +203,7 @@ def parser(name: str, doc: str, rounds: int) -> argparse.ArgumentParser:
     """The flags that every benchmark takes."""
     flags = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--rounds", type=int, default=rounds, help=f"samples of each contender (default {rounds})")
-    flags.add_argument("--only", default="", metavar="TEXT", help="run only the cases whose name contains TEXT")
+    flags.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="only cases whose name contains a TEXT")
     output = HERE / "results" / f"{name}.jsonl"
     flags.add_argument("--output", type=Path, default=output, help="JSON lines to append to (default %(default)s)")
     flags.set_defaults(benchmark=name)
@@ -223,7 +223,7 @@ class Report:
 
     def wants(self, case: str) -> bool:
         """Whether --only selects this case; announces it if so."""
-        selected = self.options.only in case
+        selected = any(text in case for text in self.options.only)
         if selected:
             print(f"{self.options.benchmark}: {case} ...", file=sys.stderr, flush=True)
         return selected
@@ -268,7 +268,8 @@ def _environment() -> dict[str, object]:
     program = ["-m", spec.name] if spec else sys.argv[:1]
     malloc = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        # Of a copy without its repository, whoever made the copy says it (carry.py).
+        "commit": os.environ.get("MINRNN_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         # The results that earlier runs appended do not make the code another one.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
         "command": shlex.join([*malloc, "python", *program, *sys.argv[1:]]),  # glibc's settings change times
@@ -282,7 +283,11 @@ def _environment() -> dict[str, object]:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    """What git answers; nothing where there is no git, or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 

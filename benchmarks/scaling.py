@@ -21,12 +21,17 @@ own, step' = step, and only gradients are sent. "context": all share a sequence 
 Nothing is sent while something is computed, though DistributedDataParallel does: what it hides is not counted on. The
 step is measured where this runs; a CPU is far slower than devices with such links, which flatters them by as much.
 
-    python benchmarks/scaling.py [--links 450 50 12.5 1.25] [--only context] [--rounds 3]
+Measured, on the cores of this machine ("cores"): a step of 16 sequences of 256 by one process with two threads, and by
+two processes with a thread each and half of the sequences, which reduce their gradients (DistributedDataParallel). The
+two take turns, in processes of their own.
+
+    python benchmarks/scaling.py [--links 450 50 12.5 1.25] [--only context cores] [--rounds 3]
 """
 
 import contextlib
 import gc
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,7 +39,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from harness import Bound, Report, interleave, parser, timed, verify
+from harness import Bound, Report, Samples, interleave, parser, timed, verify
 from models import LAYERS, VOCABULARY, minrnn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -146,6 +151,43 @@ def step_seconds(cell_type: str, length: int, rounds: int) -> tuple[float, float
     return samples.seconds("alone"), samples.seconds("shared")
 
 
+def seconds_of_a_step(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        model(windows, labels=windows, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return interleave({"step": timed(step)}, 5).seconds("step")
+
+
+def data_parallel_seconds(cell_type: str) -> float:
+    """Of a step of this process on its share of the sequences."""
+    dist.init_process_group("gloo")
+    ranks = dist.get_world_size()
+    model = minrnn(cell_type)
+    parallel = DistributedDataParallel(model) if ranks > 1 else model
+    seconds = seconds_of_a_step(parallel, torch.randint(VOCABULARY, (16 // ranks, 256)))
+    del parallel
+    gc.collect()  # as in `count`
+    dist.destroy_process_group()
+    return seconds
+
+
+def on_two_cores(cell_type: str, rounds: int) -> dict[str, object]:
+    samples = Samples({"threads": [], "processes": []})
+    for _ in range(rounds):
+        for way, ranks, threads in (("threads", 1, "2"), ("processes", 2, "1")):
+            with mock.patch.dict(os.environ, OMP_NUM_THREADS=threads, NUMBA_NUM_THREADS=threads):
+                samples[way].append(max(in_processes(ranks, data_parallel_seconds, cell_type)))
+    return {
+        "section": "cores", "cell": cell_type, "T": 256, "threads_ms": 1e3 * samples.seconds("threads"),
+        "processes_ms": 1e3 * samples.seconds("processes"),
+        "threads_over_processes": samples.ratio("threads", "processes"),
+    }  # fmt: skip
+
+
 def gather_seconds(nbytes: float, devices: int, link: float) -> float:
     return LATENCY_S * math.ceil(math.log2(devices)) + (devices - 1) * nbytes / link
 
@@ -172,6 +214,8 @@ def main() -> None:
     options = flags.parse_args()
     report = Report(options)
     for cell_type in ("mingru", "minlstm"):
+        if report.wants(f"cores {cell_type}"):
+            report.add(**on_two_cores(cell_type, options.rounds))
         for length in LENGTHS:
             for ranks in RANKS:
                 if report.wants(f"context {cell_type} {length} {ranks}"):

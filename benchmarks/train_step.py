@@ -14,8 +14,10 @@ Targets: step / identity <= 1.10 numba, 1.20 torch (T = 256); step / products <=
 faster than llama and gpt2 (numba, T >= 1024).
 
 --cells times the step with each cell beside minGRU's instead, in half as many layers, T = 1024, by "numba".
+--compiled times the step by torch.compile, of "numba", llama and gpt2, and at T = 256 without it beside, after its
+loss and gradients were compared with those without.
 
-    python benchmarks/train_step.py [--only "256 mingru"] [--rounds 7] [--cells] [--profile]
+    python benchmarks/train_step.py [--only "256 mingru"] [--rounds 7] [--cells | --compiled] [--profile]
 """
 
 from collections.abc import Callable
@@ -42,17 +44,18 @@ TOLERANCE = 5e-3  # g has a kink at 0: one candidate within rounding of 0 moves 
 class TrainingStep:
     """Forward, loss, backward and update; made anew for each contender, so that none trains another's weights."""
 
-    def __init__(self, model: PreTrainedModel, tokens: torch.Tensor):
+    def __init__(self, model: PreTrainedModel, tokens: torch.Tensor, compiled: bool = False):
         self.model = model.train()
+        self.run = torch.compile(model) if compiled else model
         self.tokens = tokens
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def loss_and_gradients(self) -> list[torch.Tensor]:
-        loss = self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
+        loss = self.run(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss
         return [loss.detach(), *torch.autograd.grad(loss, list(self.model.parameters()))]
 
     def __call__(self) -> None:
-        self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        self.run(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -124,6 +127,33 @@ def measure(report: Report, length: int, cell_type: str) -> None:
         report.add(**row)
 
 
+def measure_compiled(report: Report, length: int, cell_type: str) -> None:
+    torch.compiler.reset()
+    tokens = torch.randint(VOCABULARY, (TOKENS // length, length), generator=torch.Generator().manual_seed(0))
+    model = minrnn(cell_type)
+    models = {"numba": model} | transformers_of_equal_size(model, positions=length)
+    contenders = {}
+    for name, model in models.items():
+        eager, compiled = (TrainingStep(model, tokens, compiled) for compiled in (False, True))
+        error = relative_error(compiled.loss_and_gradients(), eager.loss_and_gradients())
+        verify(f"compiled {name} {cell_type} T={length}", error, TOLERANCE)
+        contenders[f"{name} compiled"] = compiled
+        if length == SHORTEST:
+            contenders[name] = eager
+    samples = interleave({name: timed(run) for name, run in contenders.items()}, report.options.rounds)
+    for name in contenders:
+        row = {"T": length, "cell": cell_type, "contender": name, "ms": 1e3 * samples.seconds(name)}
+        row |= {"tokens_per_s": TOKENS / samples.seconds(name)}
+        own, _, compiled = name.partition(" ")
+        if compiled and own in contenders:
+            row["eager_over_compiled"] = samples.ratio(own, name)
+        if own == "numba":
+            for other in ("llama", "gpt2"):
+                ratio = samples.ratio(name.replace(own, other), name)
+                row[f"speedup_over_{other}"] = Bound(ratio, at_least=1 if compiled else None)
+        report.add(**row)
+
+
 def measure_cells(report: Report) -> None:
     tokens = torch.randint(VOCABULARY, (TOKENS // 1024, 1024), generator=torch.Generator().manual_seed(0))
     steps = {}
@@ -158,6 +188,7 @@ def print_profile(length: int, cell_type: str) -> None:
 def main() -> None:
     flags = parser("train_step", __doc__, rounds=7)
     flags.add_argument("--cells", action="store_true", help="the step of every cell beside minGRU's")
+    flags.add_argument("--compiled", action="store_true", help="by torch.compile, against llama and gpt2 by the same")
     flags.add_argument("--profile", action="store_true", help="print where one step spends its time instead")
     options = flags.parse_args()
     report = Report(options)
@@ -169,7 +200,7 @@ def main() -> None:
                 if options.profile:
                     print_profile(length, cell_type)
                 else:
-                    measure(report, length, cell_type)
+                    (measure_compiled if options.compiled else measure)(report, length, cell_type)
     if not options.profile:
         report.print_table()
 

@@ -39,7 +39,7 @@ def scores(run: Path, folder: Path) -> dict[str, float]:
     held_out = token_stream(load_documents(config.data)[1], tokenizer, config.data.held_out_tokens)
     loss, accuracy = evaluate(model, held_out)
     in_windows, _ = evaluate(model, held_out, window=config.train.sequence_length)
-    return held_out_scores(loss, config.data) | {"held_out_window_loss": in_windows, "held_out_accuracy": accuracy}
+    return held_out_scores(loss, held_out) | {"held_out_window_loss": in_windows, "held_out_accuracy": accuracy}
 
 
 def main() -> None:

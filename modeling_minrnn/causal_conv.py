@@ -43,7 +43,7 @@ def causal_conv(
         return (rows * weight.T).sum(1, keepdim=True)
     if taps is None:
         return F.conv1d(rows.transpose(1, 2), weight[:, None], groups=len(weight)).transpose(1, 2)
-    return sum((read_rows(rows, taps[..., k]) * weight[:, k] for k in range(K)), start=x.new_zeros(()))
+    return (read_rows(rows, taps) * weight.T).sum(2)
 
 
 def windows_after(x: Tensor, window: Tensor, taps: Tensor | None, first: int) -> list[Tensor]:
@@ -59,7 +59,7 @@ def windows_after(x: Tensor, window: Tensor, taps: Tensor | None, first: int) ->
 def read_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows (B, N, H) at index (B, ...), zero where the index is -1: (B, ..., H)."""
     batch = torch.arange(rows.shape[0], device=rows.device).view(-1, *[1] * (index.dim() - 1))
-    return rows[batch, index.clamp(min=0)] * (index >= 0)[..., None].to(rows.dtype)
+    return F.pad(rows, (0, 0, 0, 1))[batch, index]  # -1 is the last one
 
 
 @torch.library.custom_op(f"{NAMESPACE}::causal_conv", mutates_args=(), device_types="cpu")

@@ -5,6 +5,8 @@ B batch, T time, D state width. A state is h (D,) and, for some cells, log-sums 
     h[t] = a[t] * h[t-1] + b[t]                  a and b depend on the token and on L[t-1], not on h
     L[t] = log(exp(L[t-1] + f[t]) + exp(k[t]))   f and k depend on the token alone
 
+Or a matrix for each of several heads, S (n, n), of which a token reads y = S^T q, D numbers in all: `Matrix`.
+
 A cell gives log a and b, never a itself: rounded to float32, an a near 1 is wrong by 1e-3 after 262,144 tokens. Either
 as `Convex`, where b = (1 - a) * c, or as `Linear`. `scan.py` solves both over T at once. `docs/new-cell.md` shows how
 to add one.
@@ -52,6 +54,22 @@ class Linear(NamedTuple):
             cosine, sine = self.phase.cos().to(h.dtype), self.phase.sin().to(h.dtype)
             return complex_product(torch.cat([cosine, -sine if back else sine], -1), h)
         return h if self.sign is None else self.sign.to(h.dtype) * h
+
+
+class Matrix(NamedTuple):
+    """S = diag(exp(log_decay)) S + key value^T, then y = S^T query, a head; log_decay <= 0.
+
+    With `rate` what is written is what the key does not find, S = S + rate key (value - S^T key)^T, in several steps.
+
+    query, log_decay, key and value: (..., heads, n), log_decay or (..., heads, 1). With `rate` (..., steps, heads, 1)
+    key and value are (..., steps, heads, n).
+    """
+
+    query: Tensor
+    log_decay: Tensor
+    key: Tensor
+    value: Tensor
+    rate: Tensor | None = None
 
 
 def carry_dtype(device: torch.device) -> torch.dtype:
@@ -106,6 +124,19 @@ def advance_log_sum(terms: LogSum, L: Tensor) -> Tensor:
     return terms.score + softplus(L + terms.log_decay - terms.score)  # logaddexp has no second derivative at -1e30
 
 
+def advance_matrix(terms: Matrix, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state (B, S) after one token, and what it reads (B, D)."""
+    query, log_decay, key, value, rate = terms
+    matrix = state.view(*query.shape, query.shape[-1])
+    if rate is None:
+        matrix = advance(Linear(log_decay[..., None], key[..., None] * value[..., None, :]), matrix)
+    else:
+        matrix = advance(Linear(log_decay[..., None], torch.zeros_like(matrix)), matrix)
+        for k, v, step_rate in zip(key[..., None].unbind(1), value.unbind(1), rate.unbind(1)):
+            matrix = matrix + k * (step_rate * (v - (k * matrix).sum(-2)))[..., None, :]
+    return matrix.flatten(1), (query[..., None] * matrix).sum(-2).flatten(1)
+
+
 def log_uniform_timescales(channels: int, max_timescale: float, device: torch.device) -> Tensor:
     """(channels,) memories 1 / -log(a) of 1..max_timescale tokens (Tallec & Ollivier 2018, arXiv 1804.11188)."""
     return torch.exp(torch.rand(channels, device=device) * math.log(max_timescale))
@@ -147,9 +178,13 @@ class Cell:
         """E, how many log-sums there are beside the D numbers of h."""
         return 0
 
+    def state_numbers(self, D: int) -> int:
+        """S."""
+        return D + self.log_sums(D)
+
     def start(self, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(S,), the state before the first token: zero, and nothing seen."""
-        start = torch.zeros(D + self.log_sums(D), dtype=dtype, device=device)
+        start = torch.zeros(self.state_numbers(D), dtype=dtype, device=device)
         if self.log_sums(D):
             start[D:] = NOTHING_SEEN
         return start
@@ -179,8 +214,8 @@ class Cell:
         """The bias of each block of the projection, with which a = exp(-1 / timescale) where the input is zero."""
         raise NotImplementedError
 
-    def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Convex | Linear:
-        """What one token, or each of several, does to h.
+    def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Any:
+        """What one token, or each of several, does to h: `Convex` or `Linear`; to matrices: `Matrix`.
 
         Args:
             projected: (..., width).
@@ -195,6 +230,7 @@ class Cell:
 
     system: ClassVar[Any] = None  # (A, B) in place of `gates`, where h = A h + B u and A is not diagonal
     reads_out: ClassVar[bool] = False  # whether the outputs are not simply h
+    has_matrices: ClassVar[bool] = False  # in place of h: `matrix_recurrence.py` computes it
 
     def states_of(self, outputs: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """h (..., D) and L (..., E): `rest` is what the outputs of a scan do not hold of the states."""
@@ -315,6 +351,11 @@ class SignedMinGRU(Cell):
         return [decay, torch.zeros_like(decay), torch.zeros_like(decay)]
 
 
+def _check_heads(num_heads: int, D: int) -> None:
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"num_heads must divide the state width, {D}, not be {num_heads}")
+
+
 @dataclass(frozen=True)
 class Aaren(Cell):
     """Attention of one constant query a head over the whole past: h is the mean of v, weighted by exp(score).
@@ -327,8 +368,7 @@ class Aaren(Cell):
     splits_by_channel = False
 
     def blocks(self, D):
-        if self.num_heads < 1 or D % self.num_heads:
-            raise ValueError(f"num_heads must divide the state width, {D}, not be {self.num_heads}")
+        _check_heads(self.num_heads, D)
         return self.num_heads, D
 
     def log_sums(self, D):
@@ -494,9 +534,14 @@ class HGRN(Cell):
 
     def gates(self, projected, parameters, log_sums):
         forget, x = projected.chunk(2, -1)
+        log_kept, log_given = self._log_shares(forget, parameters)
+        return Convex(log_given - log_kept, x * sigmoid(x))
+
+    @staticmethod
+    def _log_shares(forget: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """log a and log(1 - a); neither exact where it nears 0."""
         bound, rest = F.logsigmoid(parameters[0]), F.logsigmoid(-parameters[0])  # log l, log(1 - l)
-        log_decay = torch.logaddexp(bound, rest + F.logsigmoid(forget))
-        return Convex(rest + F.logsigmoid(-forget) - log_decay, x * sigmoid(x))
+        return torch.logaddexp(bound, rest + F.logsigmoid(forget)), rest + F.logsigmoid(-forget)
 
     def initial_parameters(self, D, layer, num_layers, max_timescale, device):
         bound = max(layer / num_layers, 1e-3)
@@ -504,8 +549,110 @@ class HGRN(Cell):
         if max_timescale is not None:
             a = torch.exp(-1 / log_uniform_timescales(D, max_timescale, device))
             share = ((a - bound) / (1 - bound)).clamp(1e-3)  # of sigmoid(forget); a shorter memory than l has none
-            initial["bias"] = torch.cat([torch.logit(share), torch.zeros_like(share)])
+            initial["bias"] = torch.cat([torch.logit(share), share.new_zeros(sum(self.blocks(D)[1:]))])
         return initial
+
+
+@dataclass(frozen=True)
+class _Matrices(Cell):
+    """A state of num_heads matrices, of n = D / num_heads rows and columns each."""
+
+    num_heads: int = 1
+    has_matrices = True
+    splits_by_channel = False
+
+    def state_numbers(self, D):
+        return D * D // self.num_heads
+
+    def log_decay(self, projected, parameters, log_sums):
+        return super().log_decay(projected, parameters, log_sums).flatten(-2)
+
+
+@dataclass(frozen=True)
+class HGRN2(_Matrices, HGRN):
+    """HGRN with a matrix for its state, S = diag(a) S + (1 - a) v^T a head: what the gate lets in is the key to it.
+
+    a as of HGRN, y = S^T silu(q), projected = [forget | v | q]. Each row of S is a mean of v: a head has n = D / heads
+    of them, and q says how they are mixed.
+    """
+
+    name, label, source = "hgrn2", "HGRN2", "arXiv 2404.07904"
+
+    def blocks(self, D):
+        _check_heads(self.num_heads, D)
+        return D, D, D
+
+    def state_width(self, projected_width):
+        D = super().state_width(projected_width)
+        _check_heads(self.num_heads, D)
+        return D
+
+    def gates(self, projected, parameters, log_sums):
+        forget, v, q = projected.chunk(3, -1)
+        log_kept, log_given = self._log_shares(forget, parameters)
+        terms = F.silu(q), -softplus(log_given - log_kept), log_given.exp(), v
+        return Matrix(*(x.unflatten(-1, (self.num_heads, -1)) for x in terms))
+
+
+@dataclass(frozen=True)
+class GatedDelta(_Matrices):
+    """The gated delta rule, which replaces what a key finds: S = a S, S = S + rate k (v - S^T k)^T, y = S^T q, a head.
+
+    log a = -exp(decay) softplus(gate + step), rate = 2 sigmoid(r), k and q of length 1 after silu. What S has along k
+    is multiplied by a (1 - rate), between -1 and 1. With `householder_steps` such keys a token S is not only reflected
+    but turned (arXiv 2502.10297). projected = [gate a head | r a step and head | k a step | v a step | q].
+    """
+
+    householder_steps: int = 1
+    name, label, source = "gated_delta", "gated DeltaNet", "arXiv 2412.06464"
+    parameter_names = ("decay", "step")
+    remembers_by = "parameters"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.householder_steps < 1:
+            raise ValueError(f"householder_steps must be at least 1, not {self.householder_steps}")
+
+    def blocks(self, D):
+        _check_heads(self.num_heads, D)
+        steps = self.householder_steps
+        return self.num_heads, steps * self.num_heads, steps * D, steps * D, D
+
+    def state_width(self, projected_width):
+        steps, heads = self.householder_steps, self.num_heads
+        D = (projected_width - heads * (1 + steps)) // (1 + 2 * steps)
+        if D < 1 or D % heads or sum(self.blocks(D)) != projected_width:
+            raise ValueError(
+                f"projected must be (B, T, {1 + 2 * steps} D + {heads * (1 + steps)}), D a multiple of {heads}, for "
+                f"{self.name!r}, not {projected_width} wide"
+            )
+        return D
+
+    def parameter_channels(self, D):
+        return self.num_heads
+
+    def gates(self, projected, parameters, log_sums):
+        gate, rate, k, v, q = projected.split(self.blocks(self.state_width(projected.shape[-1])), -1)
+        decay, step = parameters
+        log_decay = -decay.exp() * softplus(gate + step)
+        rate, k, v = (x.unflatten(-1, (self.householder_steps, self.num_heads, -1)) for x in (rate, k, v))
+        q = q.unflatten(-1, (self.num_heads, -1))
+        return Matrix(self._unit(q), log_decay[..., None], self._unit(k), v, 2 * sigmoid(rate))
+
+    @staticmethod
+    def _unit(x: Tensor) -> Tensor:
+        x = F.silu(x)
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+    def initial_parameters(self, D, layer, num_layers, max_timescale, device):
+        heads = self.num_heads
+        if max_timescale is None:  # as of Mamba-2, whose gates these are
+            steps = 0.1 * torch.exp(math.log(0.01) * torch.rand(heads, device=device))
+            decay = torch.log(1 + 15 * torch.rand(heads, device=device))
+        else:
+            steps = 1 / log_uniform_timescales(heads, max_timescale, device)
+            decay = torch.zeros(heads, device=device)
+        return {"decay": decay, "step": torch.log(torch.expm1(steps))}
 
 
 @dataclass(frozen=True)
@@ -561,7 +708,7 @@ class LMU(Cell):
 
 
 CELLS: dict[str, type[Cell]] = {
-    cell.name: cell for cell in (MinGRU, MinLSTM, SignedMinGRU, Aaren, RWKV4, LRU, RGLRU, HGRN, LMU)
+    cell.name: cell for cell in (MinGRU, MinLSTM, SignedMinGRU, Aaren, RWKV4, LRU, RGLRU, HGRN, HGRN2, GatedDelta, LMU)
 }
 
 

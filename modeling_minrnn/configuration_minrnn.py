@@ -22,6 +22,7 @@ LORA_TARGET_MODULES = ["in_proj", "gate_proj", "out_proj", "up_proj", "down_proj
 CELL_OPTIONS = {
     "candidate": (lambda D: "g", None),
     "num_heads": (lambda D: math.gcd(D, 8), 1),
+    "householder_steps": (lambda D: 1, None),
     "memory_order": (lambda D: math.gcd(D, 16), None),
     "memory_window": (lambda D: 256, None),
 }
@@ -74,10 +75,12 @@ class MinRNNConfig(PreTrainedConfig):
         hidden_size: H, width of the residual stream.
         num_hidden_layers: layers.
         cell_type: a name of `cells.CELLS`: "mingru" (one gate), "minlstm" (forget and input gate), "mingru_signed",
-            "aaren", "rwkv4", "lru", "rglru", "hgrn" or "lmu"; or a list of them, one for each layer.
+            "aaren", "rwkv4", "lru", "rglru", "hgrn", "hgrn2", "gated_delta" or "lmu"; or a list of them, one for each
+            layer.
         candidate: of "mingru" and "minlstm": "g" (None; positive, the paper's) or "linear", a state of either sign.
-        num_heads: of "aaren", the means that share D; None for the largest of 8, 4, 2, 1 that divides D. Of other
-            cells 1.
+        num_heads: of "aaren", the means that share D; of "hgrn2" and "gated_delta", the matrices, of D / num_heads
+            rows and columns each. None for the largest of 8, 4, 2, 1 that divides D. Of other cells 1.
+        householder_steps: of "gated_delta", the keys of a token, each of which replaces what it finds; None for 1.
         memory_order, memory_window: of "lmu", numbers of state a channel (None for the largest of 16, 8, 4, 2, 1 that
             divides D) and the tokens that they stand for (None for 256).
         output_gate: multiply what the recurrence gives by silu(W x), x its input.
@@ -127,6 +130,7 @@ class MinRNNConfig(PreTrainedConfig):
     cell_type: str | list[str] = "mingru"
     candidate: str | None = None
     num_heads: int | None = None
+    householder_steps: int | None = None
     memory_order: int | None = None
     memory_window: int | float | None = None
     output_gate: bool = False

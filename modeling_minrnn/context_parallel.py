@@ -77,6 +77,8 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
     cell, D = inputs.cell, inputs.D
     if cell.system is not None:
         raise ValueError(f"{cell.name!r} reads a sequence in one process: its matrix has no decay to send on")
+    if cell.has_matrices:
+        return _matrices(inputs, group)
     h, L = inputs.initial_state.tensor_split([D], -1)
     last_L = L
     if L.shape[-1]:
@@ -92,6 +94,23 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
     h, last_h = _chain(h, own, lambda own, x: multiply(own[0], x) + own[1], group)
     outputs, rest, _ = scan(inputs._replace(initial_state=torch.cat([h, L], -1)))
     return outputs, rest, torch.cat([last_h, last_L], -1)
+
+
+def _matrices(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrix of a head after a chunk is kept @ (that before it) + end: `kept` is what becomes of the identity."""
+    start = inputs.initial_state
+    n = start.shape[-1] // inputs.D  # S = heads * n^2 and D = heads * n
+    identity = torch.eye(n, dtype=start.dtype, device=start.device).flatten().repeat(start.shape[-1] // n**2)
+    end = scan(inputs._replace(initial_state=torch.zeros_like(start)))[2]
+    kept = scan(inputs._replace(initial_state=identity.expand_as(start)))[2] - end
+
+    def apply(own: Tensor, state: Tensor) -> Tensor:
+        kept, state = (x.unflatten(-1, (-1, n, n)) for x in (own[0], state))
+        return (kept @ state).flatten(1) + own[1]
+
+    start, last = _chain(start, torch.stack([kept, end]), apply, group)
+    outputs, rest, _ = scan(inputs._replace(initial_state=start))
+    return outputs, rest, last
 
 
 def _total(x: Tensor, inputs: ScanInputs, like: Tensor, after_reset: float = -math.inf) -> Tensor:

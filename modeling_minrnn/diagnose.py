@@ -38,11 +38,12 @@ class StateReport:
         """What a cell made of projected (B, T, width): states (B, T, S), after `start` (B, S); padding (B, T) does not
         count."""
         D = cell.state_width(projected.shape[-1])
-        log_sums = torch.cat([start[:, None], states.to(start.dtype)[:, :-1]], 1)[..., D:]
+        size = states.shape[-1] - cell.log_sums(D)  # of h, or of matrices
+        log_sums = torch.cat([start[:, None], states.to(start.dtype)[:, :-1]], 1)[..., size:]
         log_decay = cell.log_decay(projected.to(start.dtype), parameters, log_sums)
         log_decay = log_decay.expand(*states.shape[:2], -1).clamp(min=SMALLEST_LOG)
         states, real = (
-            states[..., :D],
+            states[..., :size],
             torch.ones_like(states[..., 0], dtype=torch.bool) if padding is None else ~padding,
         )
         log_decay, states = log_decay[real].float(), states[real].float()

@@ -108,7 +108,7 @@ def _plain_scan(projected, parameters, initial_state, reset_state, reset_mask, p
         inputs = ScanInputs(projected, parameters, state, reset_state, None, padding, cell, "loop")
         outputs, rest, state = step_loop(inputs)
         # What is carried and what is returned may not share memory.
-        return state, (outputs[:, 0].clone(), rest[:, 0].clone())
+        return state, (outputs[:, 0].clone(), rest[:, 0, : 0 if cell.has_matrices else None].clone())
 
     if padding_mask is None:
         padding_mask = torch.zeros_like(projected[..., 0], dtype=torch.bool)

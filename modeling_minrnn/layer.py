@@ -14,18 +14,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .cells import Cell, Convex, cell_of, softplus
+from .cells import Cell, Convex, Linear, cell_of, softplus
 from .masks import Masks
 from .scan import scan_states, stack_parameters, state_dtype
+
+
+class NarrowLinear(nn.Linear):
+    """nn.Linear for few features: on a CPU the gradient of its weight takes a sixth of the time.
+
+    autograd computes that gradient in the layout of the weight, as grad.T @ x, which MKL does slowly for an x of few
+    columns. A copy of the weight in the other layout makes it x.T @ grad.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(input)
+        return F.linear(input, self.weight.t().contiguous().t(), self.bias)
 
 
 class CellProjection(nn.Module):
     """What a cell reads: `in_proj` of the input, and the learned vectors of the cell."""
 
-    def __init__(self, cell: Cell, input_size: int, state_size: int, bias: bool, device=None, dtype=None):
+    def __init__(
+        self,
+        cell: Cell,
+        input_size: int,
+        state_size: int,
+        bias: bool,
+        device=None,
+        dtype=None,
+        linear: type[nn.Linear] = nn.Linear,
+    ):
         super().__init__()
         self.cell, self.state_size = cell, state_size
-        self.in_proj = nn.Linear(input_size, sum(cell.blocks(state_size)), bias, device=device, dtype=dtype)
+        self.in_proj = linear(input_size, sum(cell.blocks(state_size)), bias, device=device, dtype=dtype)
         for name in cell.parameter_names:
             vector = torch.empty(cell.parameter_channels(state_size), device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(vector))
@@ -93,7 +115,10 @@ class MinRNN(nn.Module):
         directions = 1 + bidirectional
         widths = [input_size] * directions + [directions * hidden_size] * (directions * (num_layers - 1))
         self.projections = nn.ModuleList(  # one for each row of h_n: the layers in turn, each forwards, then backwards
-            CellProjection(self.cell, width, hidden_size, bias, device, dtype) for width in widths
+            CellProjection(
+                self.cell, width, hidden_size, bias, device, dtype, NarrowLinear if width <= 16 else nn.Linear
+            )
+            for width in widths
         )
         self.reset_parameters()
 
@@ -127,7 +152,7 @@ class MinRNN(nn.Module):
     @property
     def state_size(self) -> int:
         """S."""
-        return self.hidden_size + self.cell.log_sums(self.hidden_size)
+        return self.cell.state_numbers(self.hidden_size)
 
     def forward(
         self,
@@ -144,7 +169,8 @@ class MinRNN(nn.Module):
             reset_mask: (B, T), or (T,), bool, whatever batch_first is. True: this step begins anew, as a new document
                 or a new episode of an environment does, from what None would start from.
             time_deltas: (B, T), or (T,), >= 0, the time since the step before: a becomes a to this power, so that a
-                memory lasts a time, not a number of steps. For mingru, minlstm and hgrn, in one direction.
+                memory lasts a time, not a number of steps, and a phase turns with time. For mingru, minlstm, hgrn and
+                lru, in one direction.
 
         Returns:
             output, like the input with directions * D features, and h_n like hx, in float32 (float64 for float64).
@@ -299,16 +325,30 @@ class MinLSTM(MinRNN):
 
 
 def _over_time(cell: Cell, projected: Tensor, parameters: Tensor, time_deltas: Tensor) -> tuple[Cell, Tensor, Tensor]:
-    """The scan of h = a^d * h + (1 - a^d) * c: a minGRU's, with log((1 - a^d) / a^d) for the gate and c as it is."""
+    """A cell, and its inputs, whose scan is that of `cell` with a^d in the place of a.
+
+    For a Convex cell, h = a^d h + (1 - a^d) c: a minGRU's scan, with log((1 - a^d) / a^d) for the gate and c as it is.
+    For LRU, whose b does not depend on a, the scan of the decay, the phase and the inflow themselves.
+    """
     projected = projected.to(state_dtype(projected.dtype))
     without_log_sums = cell.system is None and not cell.log_sums(2)
     terms = cell.gates(projected, parameters, projected[..., :0]) if without_log_sums else None
-    if not isinstance(terms, Convex):
-        raise ValueError(f"time_deltas are for mingru, minlstm and hgrn, not for {cell.name!r}")
-    rate = softplus(terms.log_odds) * time_deltas.to(projected.dtype)[..., None]  # -log a^d
-    rate = rate.clamp(min=1e-30)  # its logarithm and the derivative stay finite, where no time has passed
-    log_odds = rate + torch.log(-torch.expm1(-rate))
-    return cell_of("mingru:candidate=linear"), torch.cat([log_odds, terms.candidate], -1), projected.new_empty(0)
+    d = time_deltas.to(projected.dtype)[..., None]
+    columns: tuple[Tensor, ...]
+    if isinstance(terms, Convex):
+        rate = softplus(terms.log_odds) * d  # -log a^d
+        rate = rate.clamp(min=1e-30)  # its logarithm and the derivative stay finite, where no time has passed
+        log_odds = rate + torch.log(-torch.expm1(-rate))
+        columns, scanned = (log_odds, terms.candidate), "mingru:candidate=linear"
+    elif isinstance(terms, Linear) and terms.phase is not None:
+        # Their sums are rounded to float32, not the phases themselves: errors of equal steps would add up.
+        exact = torch.remainder(terms.phase * time_deltas.to(terms.phase.dtype)[..., None], 2 * math.pi)
+        rounded = F.pad((exact.cumsum(1) * 2**21).round(), (0, 0, 1, 0)).diff(dim=1) / 2**21
+        phase = exact + (rounded - exact).detach()
+        columns, scanned = (terms.log_decay * d, phase.to(d.dtype), terms.inflow), "linear:turned=phase"
+    else:
+        raise ValueError(f"time_deltas are for mingru, minlstm, hgrn and lru, not for {cell.name!r}")
+    return cell_of(scanned), torch.cat(columns, -1), projected.new_empty(0)
 
 
 @torch.no_grad()

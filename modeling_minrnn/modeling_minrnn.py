@@ -99,6 +99,7 @@ logger = logging.get_logger(__name__)
 
 NO_LOGITS = torch.empty(0, dtype=torch.long)  # for `logits_to_keep`: the loss alone
 LOSS_CHUNK_ELEMENTS = 1 << 25  # logits at a time, 128 MiB in float32
+LOSS_CHUNK_ELEMENTS_ACCELERATOR = 1 << 27  # with 50,000 words 2,700 tokens: the rows of a product that fills a GPU
 DIAGNOSIS_CHUNK_TOKENS = 4096
 
 
@@ -127,7 +128,7 @@ class MinRNNRecurrence(CellProjection):
         self.layer_idx, self.backend = layer_idx, config.scan_backend
         self.gate_proj = nn.Linear(config.hidden_size, D, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(D, config.hidden_size, bias=False)
-        start = nn.Parameter(torch.empty(D + cell.log_sums(D))) if config.learned_initial_state else None
+        start = nn.Parameter(torch.empty(cell.state_numbers(D))) if config.learned_initial_state else None
         self.register_parameter("initial_state", start)
 
     def start(self, like: Tensor) -> Tensor:
@@ -143,7 +144,10 @@ class MinRNNRecurrence(CellProjection):
         carried: LayerState | None = None,
         group: "torch.distributed.ProcessGroup | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S)."""
+        """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S).
+
+        Of matrices the states are those of the latest tokens, as many as may have to be gone back to.
+        """
         # Within this forward, as parameters may be offloaded or sharded outside that of their own module.
         reset_state = self.start(hidden_states)
         state = reset_state.expand(hidden_states.shape[0], -1)
@@ -162,6 +166,7 @@ class MinRNNRecurrence(CellProjection):
             reset_state,
             self.backend,
             group,
+            MAX_ROLLBACK_TOKENS + 1 if exact_states else 0,
         )
         outputs = scanned.outputs.to(projected.dtype)
         if self.gate_proj is not None:
@@ -252,7 +257,7 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
             windows = windows_after(conv_input, window, masks.taps, first)
             final_window = windows[-1]
             if carried.record_past:
-                past = [(states[:, t].clone(), kept) for t, kept in enumerate(windows, first)]
+                past = [(states[:, t - T].clone(), kept) for t, kept in enumerate(windows, first)]
         return hidden_states, final_state, final_window, past
 
 
@@ -359,8 +364,11 @@ class MinRNNPreTrainedModel(PreTrainedModel):
                 start = rnn.start(hidden_states).expand(len(hidden_states), -1)
                 start = start if carried is None else carried.state_or(start)
                 projected = rnn.in_proj(hidden_states)
-                parameters = rnn.parameters_of_cell(projected)
-                report.add(rnn.cell, projected, parameters, start, output[1], masks.padding)
+                parameters, states = rnn.parameters_of_cell(projected), output[1]
+                if rnn.cell.has_matrices:
+                    scanned = scan_states(projected, rnn.cell, start, parameters, None, masks.padding, backend="loop")
+                    states = scanned.all_states()
+                report.add(rnn.cell, projected, parameters, start, states, masks.padding)
 
             return listen
 
@@ -592,11 +600,15 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
-        """The mask of the new tokens alone, in shape and strides the same from step to step of a static cache."""
+        """The mask of the new tokens alone, None where it is ones, as a compiled step cannot ask: in shape and strides
+        the same from step to step of a static cache."""
         if attention_mask is None:
             return None
+        new = attention_mask[:, -inputs_embeds.shape[1] :]
+        if not torch.compiler.is_compiling() and (new != 0).all():
+            return None
         # `contiguous` would keep the strides of the longer mask in a batch of one, for which any strides will do.
-        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+        return new.clone(memory_format=torch.contiguous_format)
 
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """As in transformers; token_type_ids are ignored.
@@ -714,7 +726,7 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
     def _loss_in_chunks(
         self, hidden_states: Tensor, labels: Tensor, shift_labels=None, num_items_in_batch=None, **kwargs
     ) -> Tensor:
-        """The loss of all tokens, with the logits of LOSS_CHUNK_ELEMENTS / vocab_size tokens at a time."""
+        """The loss of all tokens, with the logits of at most LOSS_CHUNK_ELEMENTS / vocab_size tokens at a time."""
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
         if shift_labels.shape != hidden_states.shape[:2]:
@@ -733,7 +745,9 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             )
 
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten()
-        size = max(1, LOSS_CHUNK_ELEMENTS // self.config.vocab_size)
+        on_cpu = hidden_states.device.type == "cpu"
+        elements = LOSS_CHUNK_ELEMENTS if on_cpu else LOSS_CHUNK_ELEMENTS_ACCELERATOR
+        size = max(1, elements // self.config.vocab_size)
         if len(shift_labels) <= size:
             return loss_of(hidden_states, shift_labels)
         # Backward computes the logits of a chunk again: one more product with the head, instead of all in memory.

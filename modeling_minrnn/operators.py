@@ -10,19 +10,22 @@ from torch._C._functorch import TransformType
 
 from .backends import NAMESPACE, Kernels, is_transformed, kernels, resolve_backend
 from .cells import cell_of
+from .matrix_recurrence import MATRIX_KERNELS
 from .scan_blocks import ScanInputs, backward, empty_outputs, forward
 from .tangent import tangent
 
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (B, T, D) in the dtype of `projected`; in that of the state the rest, what these do not hold of the
-    states: L (B, T, E), or (B, T, S) where a cell reads out; and the final state (B, S)."""
+    states: L (B, T, E), or (B, T, S) where a cell reads out, but (B, 0, S) of matrices; and the final state (B, S)."""
     *tensors, cell, backend = inputs
     arguments = (*tensors, cell.spec, backend)
     return _apply(Scan, *arguments) if is_transformed() else _scan(*arguments)
 
 
 def _kernels(inputs: ScanInputs) -> Kernels:
+    if inputs.cell.has_matrices:
+        return MATRIX_KERNELS
     device_type = inputs.projected.device.type
     return kernels(resolve_backend(inputs.backend, device_type, inputs.projected.dtype), device_type)
 

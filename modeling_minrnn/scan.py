@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import COMPILED, resolve_backend
-from .cells import PRIMITIVES, Cell, advance, advance_log_sum, cell_of
+from .cells import PRIMITIVES, Cell, advance, advance_log_sum, advance_matrix, cell_of
 from .configuration_minrnn import BACKENDS
 from .context_parallel import context_parallel_scan
 from .dense_recurrence import dense_step
@@ -46,7 +46,8 @@ def minrnn_scan(
         parameters: the vectors of the cell, by `Cell.parameter_names`.
         reset_mask: (B, T) bool. True: the state before this token is `reset_state`, whatever came earlier (save that
             all but "loop" and "numba", which multiply the past by zero, let a NaN or an infinity pass).
-        padding_mask: (B, T) bool. True: this token changes nothing; its output is the state as it stands.
+        padding_mask: (B, T) bool. True: this token changes nothing; its output is the state as it stands, and of a
+            matrix state zero.
         reset_state: (S,), what a reset returns to. None as for `initial_state`.
         backend: "auto" ("numba" for CPU tensors and "triton" for those of a GPU where it is installed, else "torch"),
             "torch" (any device), "numba" (CPU, not float64), "triton" (CUDA, ROCm or XPU, not float64),
@@ -133,15 +134,18 @@ def linear_scan(
 
 
 class ScanOutputs(NamedTuple):
-    """outputs (B, T, D), final_state (B, S), and rest, what outputs do not hold of the states, as `Cell.states_of`."""
+    """outputs (B, T, D), final_state (B, S), and rest, what outputs do not hold of the states, as `Cell.states_of`; of
+    matrices all states, but only of the latest tokens, as many as were asked for."""
 
     outputs: Tensor
     rest: Tensor
     final_state: Tensor
 
     def all_states(self) -> Tensor:
-        """(B, T, S), after each token."""
+        """(B, T, S), after each token; of matrices after the latest."""
         missing = self.final_state.shape[-1] - self.rest.shape[-1]
+        if missing == 0:
+            return self.rest
         return torch.cat([self.outputs[..., :missing], self.rest], -1) if self.rest.shape[-1] else self.outputs
 
 
@@ -155,8 +159,12 @@ def scan_states(
     reset_state: Tensor | None = None,
     backend: str = "auto",
     group: "torch.distributed.ProcessGroup | None" = None,
+    latest_states: int = 0,
 ) -> ScanOutputs:
-    """`minrnn_scan` with all that it knows; parameters: of `stack_parameters`."""
+    """`minrnn_scan` with all that it knows.
+
+    parameters: of `stack_parameters`. latest_states: how many at the end `ScanOutputs.all_states` has to hold.
+    """
     D = _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state, backend)
     if backend in COMPILED:  # refused here, even where a single step would not need it
         resolve_backend(backend, projected.device.type, projected.dtype)
@@ -173,6 +181,8 @@ def scan_states(
     # One token without a gradient: a handful of pointwise operations, which a compiler fuses with their surroundings.
     if backend == "loop" or (projected.shape[1] == 1 and not needs_gradient):
         return ScanOutputs(*step_loop(inputs))
+    if latest_states and cell.has_matrices:
+        return _step_at_the_end(inputs, latest_states)
     return ScanOutputs(*scan(inputs))
 
 
@@ -204,7 +214,7 @@ def _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state
         raise ValueError(f"projected must be a floating-point tensor, not {projected.dtype}")
     B, T, width = projected.shape
     D = cell.state_width(width)
-    S = D + cell.log_sums(D)
+    S = cell.state_numbers(D)
     if T == 0:
         raise ValueError("projected has no tokens: T must be at least 1")
     for name, state, shape in (("initial_state", initial_state, (B, S)), ("reset_state", reset_state, (S,))):
@@ -226,28 +236,46 @@ def step_loop(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     for t, token in enumerate(inputs.tokens().unbind(1)):
         if inputs.reset_mask is not None:
             state = torch.where(inputs.reset_mask[:, t, None], inputs.reset_state, state)
-        new = _step(cell, D, token, parameters, state)
-        output = cell.read_out(token, parameters, state) if cell.reads_out else new[:, :D]
+        new, output = _step(cell, D, token, parameters, state)
         if inputs.padding_mask is not None:
             padding = inputs.padding_mask[:, t, None]
-            new, output = torch.where(padding, state, new), torch.where(padding, state[:, :D], output)
+            new = torch.where(padding, state, new)
+            output = torch.where(padding, 0 if cell.has_matrices else state[:, :D], output)
         state = new
         states.append(state)
         outputs.append(output)
-    rest = torch.stack(states, 1)[..., 0 if cell.reads_out else D :]
+    rest = torch.stack(states, 1)[..., 0 if cell.reads_out or cell.has_matrices else D :]
     return torch.stack(outputs, 1).to(inputs.projected.dtype), rest, state
 
 
-def _step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) -> Tensor:
-    """The state (B, S) after a token (B, width)."""
+def _step_at_the_end(inputs: ScanInputs, count: int) -> ScanOutputs:
+    """By `step_loop` in the latest `count` tokens, and before them as in any scan."""
+    T = inputs.projected.shape[1]
+    if count >= T:
+        return ScanOutputs(*step_loop(inputs))
+
+    def part(tokens: slice) -> ScanInputs:
+        reset, padding = (None if mask is None else mask[:, tokens] for mask in inputs[4:6])
+        return inputs._replace(projected=inputs.projected[:, tokens], reset_mask=reset, padding_mask=padding)
+
+    outputs, _, state = scan(part(slice(T - count)))
+    stepped, rest, state = step_loop(part(slice(T - count, T))._replace(initial_state=state))
+    return ScanOutputs(torch.cat([outputs, stepped], 1), rest, state)
+
+
+def _step(cell: Cell, D: int, token: Tensor, parameters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state (B, S) after a token (B, width), and the output (B, D)."""
     if cell.system is not None:
         A, B = (torch.from_numpy(x).to(token) for x in cell.system)
-        return dense_step(A, B, token, state)
+        h = dense_step(A, B, token, state)
+        return h, h
+    if cell.has_matrices:
+        return advance_matrix(cell.gates(token, parameters, token[:, :0]), state)
     h, L = state.tensor_split([D], -1)
-    h = advance(cell.gates(token, parameters, L), h)
-    if not L.shape[-1]:
-        return h
-    return torch.cat([h, advance_log_sum(cell.log_sum_gates(token, parameters), L)], -1)
+    h = new = advance(cell.gates(token, parameters, L), h)
+    if L.shape[-1]:
+        new = torch.cat([h, advance_log_sum(cell.log_sum_gates(token, parameters), L)], -1)
+    return new, cell.read_out(token, parameters, state) if cell.reads_out else h
 
 
 def _log_space(inputs: ScanInputs, group) -> tuple[Tensor, Tensor, Tensor]:

@@ -91,7 +91,10 @@ def load(inputs: ScanInputs, start: int, stop: int) -> Block:
 def empty_outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Room for what `forward` returns."""
     (B, T, _), S = inputs.projected.shape, inputs.reset_state.shape[-1]  # `len` would fix it for a compiler
-    rest = inputs.initial_state.new_empty(B, T, S if inputs.cell.reads_out else S - inputs.D)
+    if inputs.cell.has_matrices:
+        rest = inputs.initial_state.new_empty(B, 0, S)
+    else:
+        rest = inputs.initial_state.new_empty(B, T, S if inputs.cell.reads_out else S - inputs.D)
     return inputs.projected.new_empty(B, T, inputs.D), rest, inputs.initial_state.new_empty(B, S)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import make_dual, unpack_dual
 
 from .cells import Convex, Linear, advance, advance_log_sum, cell_of, softplus
+from .matrix_recurrence import matrix_forward
 from .scan_blocks import ScanInputs
 
 
@@ -25,6 +26,10 @@ def tangent(
     along = inputs._replace(projected=tangents[0], initial_state=tangents[2], reset_state=tangents[3])
     if cell.system is not None:  # linear in all that it reads
         return scan(along)
+    if cell.has_matrices:
+        duals = {name: make_dual(x, d) for name, x, d in zip(inputs._fields, inputs[:4], tangents)}
+        d_outputs, d_rest, d_final_state = map(_change, matrix_forward(inputs._replace(**duals)))
+        return d_outputs, d_rest, d_final_state
     x, parameters = make_dual(inputs.tokens(), along.tokens()), make_dual(inputs.parameters, tangents[1])
     start_h, start_L = along.initial_state.tensor_split([D], -1)
     reset_h, reset_L = along.reset_state.tensor_split([D])

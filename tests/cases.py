@@ -7,16 +7,30 @@ from oracle import normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from modeling_minrnn.cells import HGRN, LMU, LRU, RGLRU, RWKV4, Aaren, Cell, MinGRU, MinLSTM, SignedMinGRU
+from modeling_minrnn.cells import (
+    HGRN,
+    HGRN2,
+    LMU,
+    LRU,
+    RGLRU,
+    RWKV4,
+    Aaren,
+    Cell,
+    GatedDelta,
+    MinGRU,
+    MinLSTM,
+    SignedMinGRU,
+)
 
 CASES = {
     cell.spec: cell
     for cell in (
         MinGRU(), MinLSTM(), MinGRU("linear"), MinLSTM("linear"), SignedMinGRU(), Aaren(num_heads=2), RWKV4(), LRU(),
-        RGLRU(), HGRN(), LMU(memory_order=3, memory_window=9),
+        RGLRU(), HGRN(), HGRN2(num_heads=2), GatedDelta(2, householder_steps=2),
+        LMU(memory_order=3, memory_window=9),
     )
 }  # fmt: skip
-WIDTHS = {"aaren": 2, "lru": 2, "lmu": 3}  # D is a multiple of
+WIDTHS = {"aaren": 2, "lru": 2, "hgrn2": 2, "gated_delta": 4, "lmu": 3}  # D is a multiple of
 
 
 def width(cell: Cell, channels: int) -> int:
@@ -39,7 +53,7 @@ def random_parameters(cell: Cell, D: int, seed: int) -> dict[str, torch.Tensor]:
 def problem(cell: Cell, B: int, T: int, channels: int, dtype=torch.float32, seed=0) -> dict:
     """Arguments of `outcome`, with ordinary gates. A state holds what came before, with log-sums of some tokens."""
     D = width(cell, channels)
-    S = D + cell.log_sums(D)
+    S = cell.state_numbers(D)
     state_dtype = torch.promote_types(dtype, torch.float32)
     return {
         "projected": normal(B, T, sum(cell.blocks(D)), seed=seed, dtype=dtype),

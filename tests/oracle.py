@@ -26,7 +26,7 @@ def scan(
     """(outputs (B, T, D), final_state (B, S)) in float64, differentiable; arguments as in `scan.minrnn_scan`.
 
     cell_type: with ":linear" behind "mingru" or "minlstm", their candidate is the projection itself. parameters: (P,
-    channels). options: num_heads of "aaren", memory_order and memory_window of "lmu".
+    channels). options: num_heads, householder_steps, memory_order and memory_window of the cells that have them.
     """
     B, T, _ = projected.shape
     name, _, variant = cell_type.partition(":")
@@ -46,10 +46,10 @@ def scan(
 
 
 def recurrence(forget: Tensor, added: Tensor, start, reset_state, inputs) -> Tensor:
-    """h[t] = forget[t] * h[t-1] + added[t], (B, T, D), with the masks of `inputs`; states None for zero."""
-    B, T, D = added.shape
-    zero = added.new_zeros(D)
-    forget = forget.expand(B, T, D)
+    """h[t] = forget[t] * h[t-1] + added[t], (B, T, D), with the masks of `inputs`; states None for zero. Of matrices,
+    (B, T, ..., n, n), the product is that of matrices."""
+    B, zero = len(added), torch.zeros_like(added[0, 0])
+    forget = forget.expand(added.shape)
     rows = []
     for b in range(B):
         first = zero if start is None else start[b]
@@ -188,6 +188,41 @@ def hgrn(inputs):
     return states, states[:, -1]
 
 
+def hgrn2(inputs):
+    """arXiv 2404.07904, eq. 6 and 7: S = diag(f) S + (1 - f) v^T, y = S^T silu(q), a head; f as of hgrn."""
+    forget, v, q = (x.unflatten(-1, (inputs.num_heads, -1)) for x in inputs.x.chunk(3, -1))
+    bound = torch.sigmoid(inputs.parameters[0]).view(forget[0, 0].shape)
+    f = (bound + (1 - bound) * torch.sigmoid(forget))[..., None]
+    added = ((1 - bound) * torch.sigmoid(-forget))[..., None] * v[..., None, :]
+    states = recurrence(f.expand_as(added).flatten(2), added.flatten(2), inputs.start, inputs.reset_state, inputs)
+    outputs = (silu(q)[..., None] * states.view_as(added)).sum(-2).flatten(2)
+    return outputs, states[:, -1]
+
+
+def gated_delta(inputs):
+    """arXiv 2412.06464, eq. 10, with the rate doubled (2411.12537) and several keys a token (2502.10297, eq. 8): S =
+    a (I - rate k k^T) S + rate k v^T in each head, the decay a before the first of the keys alone."""
+    heads, steps = inputs.num_heads, inputs.householder_steps
+    D = (inputs.x.shape[-1] - heads * (1 + steps)) // (1 + 2 * steps)
+    gate, rate, k, v, q = inputs.x.split([heads, steps * heads, steps * D, steps * D, D], -1)
+    k, v, rate = (x.unflatten(-1, (steps, heads, -1)) for x in (k, v, rate))
+    k, q = silu(k), silu(q.unflatten(-1, (heads, -1)))
+    k, q = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (k, q))
+    decay, step = inputs.parameters
+    n = D // heads
+    kept = torch.exp(-torch.exp(decay) * softplus(gate + step))[..., None, None] * torch.eye(n, dtype=torch.float64)
+    added = torch.zeros_like(kept)
+    for k_j, v_j, rate_j in zip(k.unbind(2), v.unbind(2), (2 * torch.sigmoid(rate)).unbind(2)):
+        column, row = (rate_j * k_j)[..., None], k_j[..., None, :]
+        kept, added = kept - column * (row @ kept), added + column * (v_j[..., None, :] - row @ added)
+
+    def matrices(state):
+        return None if state is None else state.unflatten(-1, (heads, n, n))
+
+    states = recurrence(kept, added, matrices(inputs.start), matrices(inputs.reset_state), inputs)
+    return (q[..., None, :] @ states).flatten(2), states[:, -1].flatten(1)
+
+
 def lmu(inputs):
     """The Legendre memory unit's state (Voelker et al. 2019, eq. 1 and 2), zero-order hold of a step of one token."""
     N, theta = inputs.memory_order, inputs.memory_window
@@ -213,32 +248,37 @@ def lmu(inputs):
 
 class Recurrence(torch.autograd.Function):
     """state = forget * state + added (T, D), real or complex, in numpy: autograd takes a minute for the longest
-    sequences."""
+    sequences. Or of matrices (T, ..., n, n)."""
 
     @staticmethod
     def forward(ctx, forget, added, state, reset_state, resets, padding):
         ctx.resets, ctx.padding = resets, padding
         forget, added, state, reset_state = (x.detach().numpy() for x in (forget, added, state, reset_state))
         ctx.forget, ctx.before, states = forget, np.empty_like(added), np.empty_like(added)
+        ctx.times = times = np.multiply if added.ndim == 2 else np.matmul
         for t in range(len(added)):
             if resets[t]:
                 state = reset_state
             ctx.before[t] = state
             if not padding[t]:
-                state = forget[t] * state + added[t]
+                state = times(forget[t], state) + added[t]
             states[t] = state
         return torch.from_numpy(states)
 
     @staticmethod
     def backward(ctx, d_states):
-        d_states = d_states.numpy()
+        d_states, times = d_states.numpy(), ctx.times
+
+        def adjoint(x):
+            return x.conj() if times is np.multiply else x.swapaxes(-1, -2)
+
         d_forget, d_added = np.zeros_like(ctx.forget), np.zeros_like(ctx.forget)
         d_state, d_reset_state = np.zeros_like(ctx.forget[0]), np.zeros_like(ctx.forget[0])
         for t in reversed(range(len(d_states))):
             d_state = d_state + d_states[t]
             if not ctx.padding[t]:
-                d_forget[t], d_added[t] = d_state * ctx.before[t].conj(), d_state
-                d_state = d_state * ctx.forget[t].conj()
+                d_forget[t], d_added[t] = times(d_state, adjoint(ctx.before[t])), d_state
+                d_state = times(adjoint(ctx.forget[t]), d_state)
             if ctx.resets[t]:
                 d_reset_state = d_reset_state + d_state
                 d_state = np.zeros_like(d_state)
@@ -247,7 +287,7 @@ class Recurrence(torch.autograd.Function):
 
 EQUATIONS = {
     "mingru": convex, "minlstm": convex, "mingru_signed": mingru_signed, "aaren": aaren, "rwkv4": rwkv4, "lru": lru,
-    "rglru": rglru, "hgrn": hgrn, "lmu": lmu,
+    "rglru": rglru, "hgrn": hgrn, "hgrn2": hgrn2, "gated_delta": gated_delta, "lmu": lmu,
 }  # fmt: skip
 
 

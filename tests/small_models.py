@@ -9,11 +9,14 @@ from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 GATES = {"mingru": 2, "minlstm": 3}  # the parts of `projected`, the candidate included
 CELLS = tuple(GATES)
 # What the other cells are made of, as in the papers: learned vectors, options and log-sums beside a state of width D.
-PARAMETERS = {"rwkv4": ("decay", "bonus"), "lru": ("nu", "theta", "gamma"), "rglru": ("decay",), "hgrn": ("bound",)}
-OPTIONS = {"aaren": ("num_heads",), "lmu": ("memory_order", "memory_window")}
+PARAMETERS = {"rwkv4": ("decay", "bonus"), "lru": ("nu", "theta", "gamma"), "rglru": ("decay",), "hgrn": ("bound",),
+              "hgrn2": ("bound",), "gated_delta": ("decay", "step")}  # fmt: skip
+OPTIONS = {"aaren": ("num_heads",), "hgrn2": ("num_heads",), "gated_delta": ("num_heads", "householder_steps"),
+           "lmu": ("memory_order", "memory_window")}  # fmt: skip
 LOG_SUMS = {
     "aaren": lambda config: config.num_heads, "rwkv4": lambda config: config.state_size, "rglru": lambda config: 1,
 }  # fmt: skip
+MATRICES = ("hgrn2", "gated_delta")  # in place of a state of width D, num_heads of D / num_heads rows and columns
 VOCAB_SIZE = 37
 
 # Odd widths, so that no part can pass for another; each option on and off.
@@ -121,7 +124,8 @@ class WrittenOut:
         w, config = self.weights, self.config
         cell = config.cell_type if isinstance(config.cell_type, str) else config.cell_type[int(name.split(".")[2])]
         log_sums = LOG_SUMS[cell](config) if cell in LOG_SUMS else 0
-        nothing = torch.cat([x.new_zeros(config.state_size), x.new_full((log_sums,), -1e30)])
+        rows = config.state_size // config.num_heads if cell in MATRICES else 1
+        nothing = torch.cat([x.new_zeros(config.state_size * rows), x.new_full((log_sums,), -1e30)])
         start = w.get(name + "initial_state", nothing)
         if len(x) == 0:
             return x, start

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM, MinRNNModel
 from modeling_minrnn.cells import CELLS
 
-NEW_FIELDS = {"candidate", "num_heads", "memory_order", "memory_window", "output_gate"}
-OPTIONS = ("candidate", "num_heads", "memory_order", "memory_window")
+NEW_FIELDS = {"candidate", "num_heads", "householder_steps", "memory_order", "memory_window", "output_gate"}
+OPTIONS = ("candidate", "num_heads", "memory_order", "memory_window", "householder_steps")
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,17 @@ OPTIONS = ("candidate", "num_heads", "memory_order", "memory_window")
         ({"cell_type": "aaren", "num_heads": -2}, "num_heads must divide the state width, 12, not be -2"),
         ({"cell_type": ["lru", "aaren"], "num_heads": 5}, "num_heads must divide the state width, 12, not be 5"),
         ({"cell_type": "aaren", "num_heads": 2.0}, "num_heads"),
+        ({"cell_type": "hgrn2", "num_heads": 5}, "num_heads must divide the state width, 12, not be 5"),
+        ({"cell_type": "gated_delta", "num_heads": 5}, "num_heads must divide the state width, 12, not be 5"),
+        ({"cell_type": "gated_delta", "householder_steps": 0}, "householder_steps must be at least 1, not 0"),
+        (
+            {"cell_type": "hgrn2", "householder_steps": 2},
+            "householder_steps is an option of gated_delta, not of hgrn2",
+        ),
         ({"cell_type": "mingru", "candidate": "x"}, "candidate must be 'g' or 'linear', not 'x'"),
         ({"cell_type": "lru", "candidate": "g"}, "candidate is an option of mingru and minlstm, not of lru"),
-        ({"cell_type": "mingru", "num_heads": 2}, "num_heads is an option of aaren, not of mingru"),
-        ({"cell_type": ["mingru", "lru"], "num_heads": 2}, r"num_heads is an option of aaren, not of .*'lru'"),
+        ({"cell_type": "mingru", "num_heads": 2}, "num_heads is an option of aaren .* not of mingru"),
+        ({"cell_type": ["mingru", "lru"], "num_heads": 2}, r"num_heads is an option of aaren .* not of .*'lru'"),
         ({"cell_type": "mingru", "memory_order": 2}, "memory_order is an option of lmu, not of mingru"),
         ({"cell_type": "hgrn", "memory_window": 2}, "memory_window is an option of lmu, not of hgrn"),
         ({"cell_type": "lmu", "memory_order": 5}, "memory_order must divide the state width, 12, not be 5"),
@@ -70,18 +77,21 @@ def test_a_bad_value_is_an_error_of_one_line(fields, message):
 @pytest.mark.parametrize(
     "fields, resolved",
     [
-        ({"cell_type": "mingru"}, ("g", 1, None, None)),
-        ({"cell_type": "minlstm", "candidate": "linear", "num_heads": 1}, ("linear", 1, None, None)),
-        ({"cell_type": "aaren"}, (None, 4, None, None)),
-        ({"cell_type": "aaren", "expansion_factor": 2}, (None, 8, None, None)),
-        ({"cell_type": "aaren", "hidden_size": 9}, (None, 1, None, None)),
-        ({"cell_type": "aaren", "num_heads": 3}, (None, 3, None, None)),
-        ({"cell_type": "lmu"}, (None, 1, 4, 256)),
-        ({"cell_type": "lmu", "hidden_size": 64}, (None, 1, 16, 256)),
-        ({"cell_type": "lmu", "memory_order": 6, "memory_window": 33.5}, (None, 1, 6, 33.5)),
-        ({"cell_type": "rwkv4", "output_gate": True}, (None, 1, None, None)),
-        ({"cell_type": ["aaren", "mingru"]}, ("g", 4, None, None)),
-        ({"cell_type": ["lmu", "aaren"], "num_heads": 2, "memory_window": 9}, (None, 2, 4, 9)),
+        ({"cell_type": "mingru"}, ("g", 1, None, None, None)),
+        ({"cell_type": "minlstm", "candidate": "linear", "num_heads": 1}, ("linear", 1, None, None, None)),
+        ({"cell_type": "aaren"}, (None, 4, None, None, None)),
+        ({"cell_type": "aaren", "expansion_factor": 2}, (None, 8, None, None, None)),
+        ({"cell_type": "aaren", "hidden_size": 9}, (None, 1, None, None, None)),
+        ({"cell_type": "aaren", "num_heads": 3}, (None, 3, None, None, None)),
+        ({"cell_type": "hgrn2"}, (None, 4, None, None, None)),
+        ({"cell_type": "gated_delta", "num_heads": 2}, (None, 2, None, None, 1)),
+        ({"cell_type": "gated_delta", "householder_steps": 3}, (None, 4, None, None, 3)),
+        ({"cell_type": "lmu"}, (None, 1, 4, 256, None)),
+        ({"cell_type": "lmu", "hidden_size": 64}, (None, 1, 16, 256, None)),
+        ({"cell_type": "lmu", "memory_order": 6, "memory_window": 33.5}, (None, 1, 6, 33.5, None)),
+        ({"cell_type": "rwkv4", "output_gate": True}, (None, 1, None, None, None)),
+        ({"cell_type": ["aaren", "mingru"]}, ("g", 4, None, None, None)),
+        ({"cell_type": ["lmu", "aaren"], "num_heads": 2, "memory_window": 9}, (None, 2, 4, 9, None)),
     ],
     ids=str,
 )
@@ -101,7 +111,8 @@ def test_a_model_of_several_cells_has_the_parameters_of_each_in_its_layers():
     widths = {  # of in_proj, of a learned initial state, and of each learned vector
         "mingru": (24, 12, {}), "minlstm": (36, 12, {}), "mingru_signed": (36, 12, {}), "aaren": (16, 16, {}),
         "rwkv4": (36, 24, {"decay": 12, "bonus": 12}), "lru": (12, 12, {"nu": 6, "theta": 6, "gamma": 6}),
-        "rglru": (36, 13, {"decay": 12}), "hgrn": (24, 12, {"bound": 12}), "lmu": (3, 12, {}),
+        "rglru": (36, 13, {"decay": 12}), "hgrn": (24, 12, {"bound": 12}),
+        "hgrn2": (36, 36, {"bound": 12}), "gated_delta": (44, 36, {"decay": 4, "step": 4}), "lmu": (3, 12, {}),
     }  # fmt: skip
     names = list(widths)
     model = small_model(names, hidden_size=12, num_hidden_layers=len(names), expansion_factor=1, output_gate=True)
@@ -126,6 +137,7 @@ def timescales(rnn, bound=None):
         "rwkv4": lambda: -rnn.decay.double().exp(),
         "lru": lambda: -rnn.nu.double().exp(),
         "rglru": lambda: -8 * torch.nn.functional.softplus(rnn.decay.double()) * 0.5,
+        "gated_delta": lambda: -rnn.decay.double().exp() * torch.nn.functional.softplus(rnn.step.double()),
         "hgrn": lambda: (rnn.bound.double().sigmoid() + rnn.bound.double().neg().sigmoid() * first.sigmoid()).log(),
     }[rnn.cell.name]()
     return -1 / log_decay

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from oracle import normal, random_mask, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 
-from modeling_minrnn import backends, cells, linear_scan, minrnn_scan, scan_blocks
-from modeling_minrnn.cells import LMU, LRU, RGLRU, RWKV4, Aaren
+from modeling_minrnn import cells, linear_scan, matrix_recurrence, minrnn_scan, operators, scan_blocks
+from modeling_minrnn.cells import LMU, LRU, RGLRU, RWKV4, Aaren, GatedDelta
 from modeling_minrnn.scan import stack_parameters, step_loop
 
 try:
@@ -106,6 +106,8 @@ def combinations():
                         continue  # refused
                     if backend in ("loop", "triton") and (shape[1] > 100 or shape[2] > 100):
                         continue  # takes seconds
+                    if cell.has_matrices and shape[2] > 100:
+                        continue  # gigabytes
                     # Rounding is that of loads and stores, of which one tile of triton's interpreter has all.
                     rounded = (1, 63, 5) if backend == "triton" else (3, 63, 33)
                     if dtype not in (torch.float32, torch.float64) and shape != rounded:
@@ -170,7 +172,10 @@ def test_any_masks_equal_the_oracle(cell, backend):
     def check(arguments):
         assert_close(by_package(cell, backend, arguments), by_oracle(cell, arguments))
 
-    check()
+    with pytest.MonkeyPatch.context() as patch:  # several chunks and blocks of them
+        patch.setattr(matrix_recurrence, "CHUNK", 4)
+        patch.setattr(matrix_recurrence, "BLOCK_ELEMENTS", 64)
+        check()
 
 
 # Precision
@@ -179,15 +184,20 @@ def test_any_masks_equal_the_oracle(cell, backend):
 LONG = {"torch": 262144, "numba": 262144, "triton": 120}  # tokens
 GATES = {  # blocks of `projected` that are gates, and which way each makes a cell remember
     "mingru": {0: -1}, "minlstm": {0: 1, 1: -1}, "mingru_signed": {0: 0.3, 1: -0.3}, "aaren": {0: -1},
-    "rwkv4": {0: -1}, "lru": {}, "rglru": {0: -1}, "hgrn": {0: 1}, "lmu": {},
+    "rwkv4": {0: -1}, "lru": {}, "rglru": {0: -1}, "hgrn": {0: 1}, "hgrn2": {0: 1}, "gated_delta": {0: -1}, "lmu": {},
 }  # fmt: skip
+
+
+def long_channels(cell):
+    """For D of 6 to 18."""
+    return {"hgrn2": 3, "gated_delta": 1}.get(cell.name, 6)
 
 
 @functools.lru_cache(1)
 def long_problem_and_expected_outcome(cell, T):
     """Channels that forget, that remember for 1e5 tokens, and of both by turns; so do memories of parameters."""
-    arguments = problem(cell, 1, T, 6)
-    D = width(cell, 6)
+    D = width(cell, long_channels(cell))
+    arguments = problem(cell, 1, T, long_channels(cell))
     sign = random_mask(T, 1, seed=11, share=0.5) * 2.0 - 1
     blocks = list(arguments["projected"].split(cell.blocks(D), -1))
     for block, way in GATES[cell.name].items():
@@ -204,15 +214,19 @@ def long_problem_and_expected_outcome(cell, T):
     return arguments, by_oracle(cell, arguments)
 
 
-@every_fused_backend
-@pytest.mark.parametrize(
-    "cell", [c for c in CASES.values() if c.name != "lmu"], ids=[c for c in CASES if "lmu" not in c]
+@pytest.mark.parametrize(  # matrices are computed alike on every backend
+    "cell, backend",
+    [(c, b) for c in CASES.values() if c.name != "lmu" for b in (["torch"] if c.has_matrices else FUSED)],
+    ids=str,
 )
 def test_errors_do_not_grow_with_the_sequence(cell, backend):
     """Outputs and the gradient of each block of `projected` by the kind of its gates, all else as a whole."""
-    arguments, expected = long_problem_and_expected_outcome(cell, LONG[backend])
+    # The oracle takes a product of matrices a token.
+    length = LONG[backend] // 8 if cell.name == "gated_delta" else LONG[backend]
+    arguments, expected = long_problem_and_expected_outcome(cell, length)
     actual = by_package(cell, backend, arguments)
-    blocks = {"outputs": [width(cell, 6)], "d_projected": cell.blocks(width(cell, 6))}
+    D = width(cell, long_channels(cell))
+    blocks = {"outputs": [D], "d_projected": cell.blocks(D)}
     for name in actual:
         for block, pair in enumerate(
             zip(*(x[name].split(list(blocks.get(name, [x[name].shape[-1]])), -1) for x in (actual, expected)))
@@ -416,6 +430,26 @@ def test_the_rglru_is_that_of_recurrent_gemma_with_packed_documents():
     assert relative_error(outputs, theirs(x, positions)) <= 1e-6
 
 
+def test_the_gated_delta_rule_is_that_of_qwen3_next():
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    B, T, heads, n = 2, 150, 3, 8
+    cell = GatedDelta(num_heads=heads)
+    gate, r, k, v, q = (normal(B, T, size, seed=i) for i, size in enumerate(cell.blocks(heads * n)))
+    decay, step, start = normal(heads, seed=5), normal(heads, seed=6), normal(B, heads * n * n, seed=7)
+    outputs, state = minrnn_scan(
+        torch.cat([gate, r, k, v, q], -1), cell, start, parameters={"decay": decay, "step": step}
+    )
+    query, key, value = (x.unflatten(-1, (heads, n)) for x in (n**0.5 * F.silu(q), F.silu(k), v))
+    query = F.normalize(query, dim=-1) * n**0.5  # which theirs is divided by
+    expected, theirs = torch_chunk_gated_delta_rule(
+        query, F.normalize(key, dim=-1), value, g=-decay.exp() * F.softplus(gate + step), beta=2 * torch.sigmoid(r),
+        initial_state=start.view(B, heads, n, n), output_final_state=True,
+    )  # fmt: skip
+    assert relative_error(outputs, expected.flatten(2)) <= 1e-5  # the worst seen: 3e-6; of lengths theirs adds 1e-6
+    assert relative_error(state, theirs.flatten(1)) <= 1e-5
+
+
 def test_the_lmu_is_the_discretised_system_of_scipy():
     order, window, T = 64, 256, 600
     cell = LMU(memory_order=order, memory_window=window)
@@ -443,6 +477,27 @@ def test_parity_is_exact_by_hand_set_weights_at_any_length():
     projected = torch.stack([decay, torch.full_like(decay, -100), torch.zeros_like(decay)], -1)
     states, _ = minrnn_scan(projected, "mingru_signed", torch.ones(16, 1))
     assert torch.equal(states[..., 0] < 0, bits.cumsum(1) % 2 == 1)
+
+
+def test_permutations_are_exact_by_hand_set_weights():
+    """gated_delta: a key e_i - e_j of rate 2 swaps two rows of S; two swaps a token make any permutation of three."""
+    T, low, high = 3000, -1.2784645, 0.4577  # silu of which is -0.27846 and 0.27846
+    swaps = [torch.tensor(row) for row in ([high, low, 0.0], [0.0, high, low], [high, 0.0, low])]
+    moves = torch.randint(4, (4, T, 2), generator=torch.Generator().manual_seed(0))  # the last of which does nothing
+    keys = torch.stack([*swaps, torch.zeros(3)])[moves]
+    rate = torch.where(moves < 3, 100.0, -100.0)
+    gate, query = torch.full((4, T, 1), -100.0), torch.tensor([9.0, 0.0, 0.0]).expand(4, T, 3)
+    projected = torch.cat([gate, rate, keys.flatten(2), torch.zeros(4, T, 6), query], -1)
+    parameters = {"decay": torch.zeros(1), "step": torch.zeros(1)}
+    start = torch.eye(3).flatten().expand(4, 9)
+    outputs, _ = minrnn_scan(projected, GatedDelta(householder_steps=2), start, parameters=parameters)
+    swapped = torch.tensor([[1, 0, 2], [0, 2, 1], [2, 1, 0], [0, 1, 2]])
+    for row, row_moves in zip(outputs.argmax(-1), moves):
+        order = torch.arange(3)
+        for t, move in enumerate(row_moves):
+            for which in move:
+                order = order[swapped[which]]
+            assert row[t] == order[0]
 
 
 def test_majority_is_exact_by_hand_set_weights_at_any_length():
@@ -522,14 +577,14 @@ def test_bad_input_of_a_linear_scan_is_one_line(change, message):
 @every_cell
 def test_a_device_without_float64_is_asked_for_none(cell, monkeypatch):
     """The operators of "torch" behind the mode, which does not see into a custom operator."""
-    for module in (cells, scan_blocks):
+    for module in (cells, matrix_recurrence, scan_blocks):
         monkeypatch.setattr(module, "carry_dtype", lambda device: torch.float32)
     given = problem(cell, 2, 9, 4)
     reset, padding = (random_mask(2, 9, share=0.3, seed=seed) for seed in (1, 2))
     arguments = [given["projected"], stack_parameters(cell, given["parameters"], given["projected"])]
     arguments += [given["initial_state"], given["reset_state"]]
     inputs = scan_blocks.ScanInputs(*arguments, reset, padding, cell, "torch")
-    chosen = backends.kernels("torch", "cpu")
+    chosen = operators._kernels(inputs)
     with WithoutFloat64():
         outputs, rest, final_state = scan_blocks.forward(inputs, chosen)
         upstream = given["d_outputs"], torch.zeros_like(rest), given["d_final_state"]
@@ -551,6 +606,14 @@ def test_a_device_without_float64_is_asked_for_none(cell, monkeypatch):
     [
         ("gru", 4, {}, "cell_type must be one of .*, not 'gru'"),
         (Aaren(num_heads=3), 5, {}, r"projected must be \(B, T, 3 \+ D\)"),
+        (
+            GatedDelta(num_heads=2),
+            30,
+            {"parameters": {"decay": torch.zeros(2), "step": torch.zeros(2)}},
+            r"projected must be \(B, T, 3 D \+ 4\), D a multiple of 2, for 'gated_delta'",
+        ),
+        ("hgrn2", 8, {"parameters": {"bound": torch.zeros(2)}}, r"must be \(B, T, 3 D\) for 'hgrn2', not 8 wide"),
+        ("hgrn2", 6, {"backend": "log", "parameters": {"bound": torch.zeros(2)}}, "not of 'hgrn2'"),
         ("lru", 5, {"parameters": {name: torch.zeros(2) for name in ("nu", "theta", "gamma")}}, "D even, for 'lru'"),
         ("rwkv4", 6, {}, r"the parameters of 'rwkv4' are \['decay', 'bonus'\], not \[\]"),
         ("mingru", 4, {"parameters": {"decay": torch.zeros(2)}}, r"the parameters of 'mingru' are \[\], not"),

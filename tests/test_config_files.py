@@ -1,12 +1,16 @@
 """Settings: the shipped files are valid, and every fault is one line that names the key and the file."""
 
+import re
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config import load_config_from_file
 
 from modeling_minrnn import MinRNNConfig
-from training.config import InputError, load_config
+from training.command_line import parse_command_line
+from training.config import DataConfig, InputError, MixedConfig, RunConfig, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MINIMAL = """
@@ -84,6 +88,27 @@ def test_a_wrong_override_is_one_line_about_its_key(minimal, override, message):
         (MINIMAL.replace("dataset: python-stdlib", ""), "data: set one of data.dataset"),
         (MINIMAL.replace("python-stdlib", "python-stdlib, files: [a]"), "data: set one of data.dataset"),
         (MINIMAL.replace("python-stdlib", "python-stdlib, held_out_fraction: 1"), "data.held_out_fraction is 1.0"),
+        (MINIMAL.replace("python-stdlib", "python-stdlib, tokenizer_vocab_size: 9"), "data.tokenizer_vocab_size is 9"),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: [{weight: 1}]"),
+            "data.mixture has {'weight': 1}: a source is",
+        ),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: {a: 1}"),
+            "data.mixture has {'a': 1}: a source is {dataset",
+        ),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: [{files: a, dataset: b}]"),
+            "data.mixture[0]: set one of",
+        ),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: [{files: a}, {dataset: b, weight: 0}]"),
+            "data.mixture[1].weight is 0.0: must be positive",
+        ),
+        (
+            MINIMAL.replace("dataset: python-stdlib", "mixture: [{files: a, datset: a}]"),
+            "data.mixture: Key 'datset' not in 'MixedConfig'. Did you mean one of: 'dataset'",
+        ),
         (MINIMAL.replace("steps: 9", "steps: 9, warmup_steps: 10"), "train.warmup_steps + train.decay_steps is 10"),
         (MINIMAL.replace("steps: 9", "steps: 9, schedule: wsd"), "train.decay_steps is 0: must be positive"),
         (MINIMAL + "hub: {push: true}", "hub.push needs hub.repository, e.g. user/name"),
@@ -98,6 +123,71 @@ def test_a_wrong_file_is_one_line_that_starts_with_its_path(tmp_path, text, mess
         load_config(str(path), [])
     assert str(error.value).startswith(f"{path}: {message}")
     assert "\n" not in str(error.value)
+
+
+def test_one_source_of_text_that_is_set_later_replaces_another_with_what_belongs_to_it(tmp_path, minimal):
+    hub = tmp_path / "hub.yaml"
+    hub.write_text(
+        "data: {dataset: a/b, dataset_config: c, split: d, text_column: e, streaming: true, held_out_tokens: 9}"
+    )
+    data = load_config(minimal, [str(hub)]).data
+    assert (data.dataset, data.dataset_config, data.split, data.text_column) == ("a/b", "c", "d", "e")
+    data = load_config(minimal, ["data.dataset=elsewhere", str(hub), "data.split=f"]).data
+    assert (data.dataset, data.dataset_config, data.split) == ("elsewhere", "c", "f")
+    for override, expected in (
+        ("data.files=a.txt", {"files": ["a.txt"]}),
+        ("data.task=parity", {"task": "parity", "streaming": False}),
+        ("data.mixture=[{dataset: a/b},{files: [x, y], weight: 2}]", {"mixture": [
+            MixedConfig(dataset="a/b"), MixedConfig(files=["x", "y"], weight=2.0)]}),
+    ):  # fmt: skip
+        more = [] if "streaming" not in expected else ["data.streaming=false"]
+        data = load_config(minimal, [str(hub), override, *more, "data.text_column=g"]).data
+        assert data == DataConfig(**{"streaming": True, "held_out_tokens": 9, "text_column": "g"} | expected)
+    data = load_config(minimal, ["data.files=a.txt", "data.held_out_files=b.txt", "data.dataset=null"]).data
+    assert (data.files, data.held_out_files) == (["a.txt"], ["b.txt"])
+
+
+def test_a_later_file_wins_over_the_first_and_the_command_line_over_both(tmp_path, minimal):
+    (tmp_path / "later.yaml").write_text("train: {steps: 7, batch_size: 3}")
+    config = load_config(minimal, ["train.batch_size=5", str(tmp_path / "later.yaml")])
+    assert (config.train.steps, config.train.batch_size, config.train.sequence_length) == (7, 5, 8)
+    (tmp_path / "later.yaml").write_text("train: {stepz: 7}")
+    with pytest.raises(InputError, match=r"^.*later\.yaml: unknown key train.stepz; "):
+        load_config(minimal, [str(tmp_path / "later.yaml")])
+
+
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    """What `train.py ARGUMENTS` prints before it ends."""
+
+    def shown(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            parse_command_line()
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    return shown
+
+
+def test_help_lists_every_key_with_its_default_and_meaning(shown):
+    listed = dict(re.findall(r"^    (\w+\.\w+)  \((.*)\)\n        \S", shown("--help"), re.MULTILINE))
+    keys = {f"{section.name}.{key.name}" for section in fields(RunConfig)[1:] for key in fields(section.type)}
+    of_tokenizer = {"bos_token_id", "eos_token_id", "pad_token_id"}
+    assert {*listed} == keys | {f"model.{key}" for key in MinRNNConfig.__annotations__ if key in vars(MinRNNConfig)
+                                and key not in of_tokenizer and "plan" not in key}  # fmt: skip
+    expected = {"train.steps": "required", "train.betas": "[0.9, 0.95]", "model.conv_kernel_size": "4",
+                "data.held_out_tokens": "null", "data.files": "[]", "hub.private": "true"}  # fmt: skip
+    assert {key: listed[key] for key in expected} == expected
+
+
+def test_what_print_config_shows_is_a_file_of_the_same_run_with_nothing_left_to_defaults(minimal, tmp_path, shown):
+    overrides = ["model.hidden_size=32", "data.mixture=[{dataset: a/b, weight: 3}, {files: c.txt}]"]
+    (tmp_path / "shown.yaml").write_text(shown(minimal, "--print-config", *overrides))
+    printed, run = load_config(str(tmp_path / "shown.yaml"), []), load_config(minimal, overrides)
+    assert (printed.data, printed.train, printed.hub) == (run.data, run.train, run.hub)
+    assert printed.model["cell_type"] == "mingru"
+    assert MinRNNConfig(**printed.model).to_dict() == MinRNNConfig(**run.model).to_dict()
 
 
 def test_a_missing_file_is_named():

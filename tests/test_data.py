@@ -1,6 +1,7 @@
 """Data: documents are split without a leak, tokens are stored without a loss, batches are reproducible."""
 
 import atexit
+import glob
 import json
 import os
 import signal
@@ -8,23 +9,26 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from training.config import STDLIB, DataConfig, InputError
+from training.config import STDLIB, DataConfig, InputError, MixedConfig
 from training.data import (
     PIECE_CHARACTERS,
     RandomWindows,
     StreamedWindows,
     TokenStream,
     WorkerWindows,
+    counted_stream,
     cut,
     is_held_out,
     load_documents,
@@ -45,6 +49,19 @@ def tokens(stream):
     return stream.read(0, len(stream)).tolist()
 
 
+def pairs_tokenizer():
+    """A byte tokenizer that takes "é" and the pair of them, and some numbers, as one token."""
+    merges = [("Ã", "©"), ("Ã©", "Ã©"), ("1", "2"), ("Ġ", "Ã©")]
+    vocabulary = {
+        **{char: byte for byte, char in bytes_to_unicode().items()},
+        **{a + b: 256 + i for i, (a, b) in enumerate(merges)},
+    }
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A local data set of 300 documents as JSON lines, each with its number and a tail of another length."""
@@ -57,29 +74,36 @@ def folder(tmp_path):
 # ---- Splits
 
 
+def documents_of(rows):
+    """The texts, of pieces put together."""
+    texts = [""]
+    for row in rows:
+        texts[-1] += row["text"]
+        texts += [""] * row["ends"]
+    assert not texts.pop()
+    return texts
+
+
+@settings(max_examples=25)
 @given(st.lists(st.text(min_size=1), min_size=1), st.floats(0.01, 0.99))
-def test_files_split_at_a_character_of_all_files_together(tmp_path_factory, contents, fraction):
+def test_every_file_is_split_at_a_character(tmp_path_factory, contents, fraction):
     folder = tmp_path_factory.mktemp("files")
     contents = [content.replace("\0", "0") for content in contents]
     for number, content in enumerate(contents):
         (folder / f"{number:03d}.txt").write_bytes(content.encode())
-    whole = "".join(contents)
-    keep = int((1 - fraction) * len(whole))
+    expected = [[], []]
+    for content in contents:
+        keep = int((1 - fraction) * len(content))
+        for texts, text in zip(expected, (content[:keep], content[keep:])):
+            texts += [text] * bool(text)
     config = DataConfig(files=[str(folder / "*.txt")], held_out_fraction=fraction)
-    if not 0 < keep < len(whole):
+    if not all(expected):
         with pytest.raises(InputError, match="split of .* has no text"):
             load_documents(config)
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.data.BLOCK_BYTES", 3)  # less than some characters have
-        training, held_out = map(list, load_documents(config))
-    assert "".join(texts(training)) == whole[:keep]
-    assert "".join(texts(held_out)) == whole[keep:]
-    ends = list(accumulate(map(len, filter(None, contents))))
-    for rows, start in ((training, 0), (held_out, keep)):
-        stops = start + np.cumsum([len(row["text"]) for row in rows])
-        within = stops[[row["ends"] for row in rows]].tolist()
-        assert within == [end for end in ends if start < end < stops[-1]] + [stops[-1]]
+        patch.setattr("training.files.BLOCK_BYTES", 3)  # less than some characters have
+        assert [documents_of(split) for split in load_documents(config)] == expected
 
 
 def test_a_text_of_the_size_of_tiny_shakespeare_splits_like_everywhere(tmp_path):
@@ -88,11 +112,78 @@ def test_a_text_of_the_size_of_tiny_shakespeare_splits_like_everywhere(tmp_path)
     assert [sum(map(len, texts(split))) for split in (training, held_out)] == [1_003_854, 111_540]
 
 
-def test_held_out_files_are_taken_as_they_are(tmp_path):
+def test_held_out_files_are_taken_as_they_are_and_never_trained_on(tmp_path):
     for name in ("a", "b", "held"):
         (tmp_path / name).write_text(name * 3)
-    config = DataConfig(files=[str(tmp_path / "[ab]")], held_out_files=[str(tmp_path / "held")])
+    config = DataConfig(files=[str(tmp_path / "*")], held_out_files=[str(tmp_path / "h*")])
     assert [texts(split) for split in load_documents(config)] == [["aaa", "bbb"], ["heldheldheld"]]
+
+
+@pytest.fixture
+def mixed_folder(tmp_path_factory):
+    """Files of every kind, with 40 documents a table, and names that a glob would misread."""
+    folder = tmp_path_factory.mktemp("mixed") / "corpus [1]"
+    (folder / "more").mkdir(parents=True)
+    rows = {kind: [f"{kind} {i}" for i in range(40)] for kind in ("jsonl", "parquet", "csv")}
+    (folder / "a.txt").write_text("a" * 40)
+    (folder / "more" / "b.txt").write_text("b" * 40)
+    (folder / "c[2].jsonl").write_text("\n".join(json.dumps({"text": text}) for text in rows["jsonl"]))
+    (folder / "d.csv").write_text("n,text\n" + "\n".join(f"1,{text}" for text in rows["csv"]))
+    Dataset.from_dict({"text": rows["parquet"]}).to_parquet(folder / "e.parquet")
+    (folder / "notes.md").write_text("not of the corpus")
+    return folder, rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("key", ["dataset", "files"])
+def test_a_folder_is_read_as_what_its_files_look_like_and_each_gives_held_out_text(mixed_folder, key, streaming):
+    folder, rows = mixed_folder
+    if streaming:  # datasets leaves the file of a CSV stream open
+        (folder / "d.csv").unlink()
+        del rows["csv"]
+    source = {"dataset": str(folder), "files": [str(folder)]}[key]
+    training, held_out = map(
+        texts, load_documents(DataConfig(**{key: source}, streaming=streaming, held_out_tokens=9))
+    )
+    assert training[:2] == ["a" * 36, "b" * 36] and held_out[:2] == ["a" * 4, "b" * 4]
+    assert sorted(training[2:] + held_out[2:]) == sorted(sum(rows.values(), []))
+    assert {text.split()[0] for text in held_out[2:]} == {*rows}
+
+
+def test_a_glob_of_tables_is_rows_also_as_data_dataset(mixed_folder):
+    folder, rows = mixed_folder
+    pattern = f"{glob.escape(str(folder))}/*.csv"
+    splits = [load_documents(config) for config in (DataConfig(files=[pattern]), DataConfig(dataset=pattern))]
+    for training, held_out in splits:
+        assert texts(training) == [text for text in rows["csv"] if not is_held_out(text, 0.1)]
+        assert texts(held_out) == [text for text in rows["csv"] if is_held_out(text, 0.1)]
+    with pytest.raises(
+        InputError, match=r"more holds no .jsonl, .* or .txt file: for others give a glob, .*/\*\*/\*.md$"
+    ):
+        (folder / "more" / "b.txt").unlink()
+        load_documents(DataConfig(files=[str(folder / "more")]))
+
+
+def mixture(folder, **settings):
+    sources = [MixedConfig(files=[str(folder / "a.txt")]), MixedConfig(files=[str(folder / "*.jsonl")], weight=3.0)]
+    return DataConfig(mixture=sources, held_out_tokens=50, **settings)
+
+
+def test_a_mixture_draws_from_each_source_by_its_weight_and_holds_out_of_each(mixed_folder):
+    folder, rows = mixed_folder
+    (folder / "a.txt").write_text("".join(f"{i:04d}\n" for i in range(500)))
+    folder = Path(glob.escape(str(folder)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.data.PIECE_CHARACTERS", 5)
+        training, held_out = map(texts, load_documents(mixture(folder)))
+        streamed_training, _ = map(texts, load_documents(mixture(folder, streaming=True)))
+    assert streamed_training == training
+    assert not {*training} & {*held_out}
+    plain = [text for text in training if "jsonl" not in text]
+    assert plain[:450] == [f"{i:04d}\n" for i in range(450)]  # until each has been
+    assert {*training} - {*plain} == {text for text in rows["jsonl"] if not is_held_out(text, 0.1)}
+    assert len(plain) / len(training) == pytest.approx(0.25, abs=0.04)
+    assert any("jsonl" in text for text in held_out) and any("jsonl" not in text for text in held_out)
 
 
 def test_the_standard_library_splits_by_file_and_the_same_in_every_process():
@@ -148,7 +239,7 @@ def test_a_split_of_its_own_is_taken_whole(folder):
     ],
 )
 def test_a_file_that_is_not_text_is_named_with_the_byte(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr("training.data.BLOCK_BYTES", 3)
+    monkeypatch.setattr("training.files.BLOCK_BYTES", 3)
     path = tmp_path / "binary"
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"^{path} {message}$"):
@@ -217,8 +308,8 @@ def test_a_vocabulary_beyond_16_bits_keeps_its_ids():
 
 
 def test_a_file_is_tokenised_in_a_fraction_of_its_size(tmp_path, monkeypatch):
-    for name, value in {"BLOCK_BYTES": 2**12, "PIECE_CHARACTERS": 2**10, "PIECES_AT_ONCE": 4}.items():
-        monkeypatch.setattr(f"training.data.{name}", value)
+    for name, value in {"files.BLOCK_BYTES": 2**12, "data.PIECE_CHARACTERS": 2**10, "data.PIECES_AT_ONCE": 4}.items():
+        monkeypatch.setattr(f"training.{name}", value)
     text = "a line of some length, é\n" * 20_000  # 0.5 MB, tokens of 1 MB
     (tmp_path / "input.txt").write_text(text)
     training, _ = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))
@@ -238,6 +329,19 @@ def test_streaming_reads_the_same_held_out_tokens_as_the_stored_data_set(folder,
         streams.append(tokens(token_stream(load_documents(config)[1], byte_tokenizer(), limit)))
     assert streams[0] == streams[1]
     assert len(streams[0]) == limit or limit == 10**6
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), character_tokenizer(["0123456789 é"]), pairs_tokenizer()])
+def test_bytes_of_what_is_predicted_are_counted_for_any_tokenizer_and_limit(folder, tokenizer):
+    """The oracle: tokens of a text without end tokens, decoded, are that text."""
+    documents = load_documents(DataConfig(dataset=str(folder), text_column="body"))[1]
+    ids = tokens(counted_stream(documents, tokenizer))
+    for limit in (2, 9, 50, 301, None):
+        stream = counted_stream(documents, tokenizer, limit)
+        assert tokens(stream) == ids[:limit]
+        predicted = [token for token in ids[1:limit] if token != tokenizer.eos_token_id]
+        cut = tokenizer.decode(predicted).encode()  # of a byte tokenizer maybe half a character, which counts whole
+        assert stream.predicted_bytes == len(cut.replace("\ufffd".encode(), "é".encode()))
 
 
 def test_stored_tokens_are_read_from_the_disk(folder):
@@ -291,8 +395,8 @@ def test_a_sequence_longer_than_the_corpus_is_refused():
         windows(16)
 
 
-def streamed(folder, sequence_length=7, rows=3):
-    config = DataConfig(dataset=str(folder), text_column="body", streaming=True, held_out_tokens=50)
+def streamed(folder, sequence_length=7, rows=3, config=None):
+    config = config or DataConfig(dataset=str(folder), text_column="body", streaming=True, held_out_tokens=50)
     documents = load_documents(config)[0]
     return documents, StreamedWindows(documents, byte_tokenizer(), sequence_length, rows)
 
@@ -304,15 +408,17 @@ def test_streamed_windows_predict_every_token_once_and_start_over_at_the_end(fol
     assert predicted == (epoch * 3)[1 : len(predicted) + 1]
 
 
-def test_streamed_windows_resume_where_they_were_also_in_a_second_pass(folder):
+@pytest.mark.parametrize("of_mixture", [False, True])
+def test_streamed_windows_resume_where_they_were_also_in_a_second_pass(folder, mixed_folder, of_mixture):
+    config = mixture(Path(glob.escape(str(mixed_folder[0]))), streaming=True) if of_mixture else None
     for position in (1, 5, 400):
-        _, batches = streamed(folder)
+        _, batches = streamed(folder, config=config)
         for _ in range(position):
             next(batches)
         resumed = batches
         for _ in range(3):  # stopped again before it has read another document
             state = json.loads(json.dumps(resumed.state_dict()))
-            _, resumed = streamed(folder)
+            _, resumed = streamed(folder, config=config)
             resumed.load_state_dict(state)
         assert all(torch.equal(next(resumed), next(batches)) for _ in range(400))
 

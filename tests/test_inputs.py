@@ -69,6 +69,8 @@ def test_a_model_too_large_to_make_is_one_line(setting, train_main, tmp_path, na
     ("override", "message", "absent"),
     [
         ("train.stepz=3", "unknown key train.stepz", {"torch", "transformers"}),
+        ("data.files=absent/*", "data.files: absent/* matches no file", {"datasets", "matplotlib", "modeling_minrnn"}),
+        ("data.tokenizer=bytes", "data.tokenizer is 'bytes': must be", {"datasets", "matplotlib", "modeling_minrnn"}),
         # MinRNNConfig takes torch and parts of transformers with it.
         ("model.hidden_size=-1", "hidden_size must be at least 1", {"datasets", "matplotlib", "modeling_minrnn"}),
     ],
@@ -84,7 +86,7 @@ def test_a_wrong_setting_is_told_before_the_imports_that_take_seconds(setting, o
 
 
 def test_what_model_and_tokenizer_do_not_agree_on_is_told_before_tokenising(setting, train_main, monkeypatch):
-    monkeypatch.setattr("train.token_stream", lambda *arguments: pytest.fail("tokenised"))
+    monkeypatch.setattr("train.counted_stream", lambda *arguments: pytest.fail("tokenised"))
     with pytest.raises(InputError, match="^model.vocab_size is 257: the tokenizer has 258 tokens$"):
         train_main(setting(**{"model.vocab_size": 257}))
 

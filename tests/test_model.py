@@ -379,6 +379,17 @@ def test_dropout_in_the_head_is_the_same_where_the_loss_is_computed_again(monkey
         assert_close(recomputed[name], gradient)
 
 
+@pytest.mark.parametrize("device, chunks", [("cpu", 4), ("meta", 2)])
+def test_an_accelerator_has_its_own_number_of_logits_at_a_time(device, chunks, monkeypatch):
+    monkeypatch.setattr(modeling_minrnn, "LOSS_CHUNK_ELEMENTS", 5 * VOCAB_SIZE)
+    monkeypatch.setattr(modeling_minrnn, "LOSS_CHUNK_ELEMENTS_ACCELERATOR", 10 * VOCAB_SIZE)
+    model, ids = small_model().to(device), random_ids(2, 10).to(device)
+    rows = []
+    model.lm_head.register_forward_hook(lambda head, arguments, logits: rows.append(len(logits)))
+    model(ids, labels=ids, logits_to_keep=NO_LOGITS.to(device))
+    assert rows == [20 // chunks] * chunks
+
+
 def test_labels_of_another_batch_are_refused(monkeypatch):
     monkeypatch.setattr(modeling_minrnn, "LOSS_CHUNK_ELEMENTS", 5 * VOCAB_SIZE)
     with pytest.raises(ValueError, match=r"labels must be \(2, 10\), not \(1, 10\)"):

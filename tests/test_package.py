@@ -59,3 +59,22 @@ def test_the_wheel_runs_the_first_snippet_of_the_readme_where_nothing_else_of_th
     error = run(command, "train", "demo.yaml", cwd=tmp_path, status=2)
     assert error.startswith("minrnn: error: train is not in the installed package: clone")
     assert path == str(installed / "modeling_minrnn" / "__init__.py")
+
+
+def test_the_source_distribution_has_all_that_a_checkout_has_but_what_is_made_there(tmp_path):
+    made = shutil.ignore_patterns("__pycache__", ".archive", "*.egg-info")
+    kinds = (".cff", ".in", ".md", ".py", ".toml", ".txt", ".yml")
+    for path in ROOT.iterdir():
+        if path.suffix in kinds or path.name in ("LICENSE", "Makefile"):
+            shutil.copy(path, tmp_path)
+    for folder in ("benchmarks", "configs", "docs", "examples", "model_cards", "modeling_minrnn", "tests", "training"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=made)
+    expected = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "examples" / "__pycache__").mkdir()
+    (tmp_path / "examples" / "__pycache__" / "policy.cpython-311.pyc").touch()
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path / "dist", cwd=tmp_path)
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()}
+    of_the_build = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in packed if not name.startswith("modeling_minrnn.egg-info/")} - of_the_build == expected

@@ -11,7 +11,7 @@ from small_runs import TEXT
 from benchmarks.harness import combinations
 from benchmarks.paper import sweep
 from train import build_model
-from training.config import load_config
+from training.config import STDLIB, load_config
 from training.tokenizers import byte_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "configs" / "presets"
@@ -25,7 +25,7 @@ GPT2_VOCABULARY = 50257  # not fetched here
 def test_a_preset_has_as_many_parameters_as_its_name_says_with_both_cells(path, cell_type):
     config = load_config(str(path), [f"model.cell_type={cell_type}"])
     assert config.train.output_dir == f"runs/{path.stem}"
-    if config.data.tokenizer == "gpt2":
+    if config.data.tokenizer == "openai-community/gpt2":
         config.model["vocab_size"] = GPT2_VOCABULARY
     with torch.device("meta"):
         model = build_model(config.model, byte_tokenizer())
@@ -48,6 +48,17 @@ def test_the_readme_of_the_presets_has_a_line_for_each_with_its_shape_and_its_to
         number, unit = tokens.split()[:2]
         read = train.steps * train.batch_size * train.sequence_length
         assert read == pytest.approx(float(number) * {"M": 1e6, "G": 1e9}[unit.strip(",")], rel=0.02)
+
+
+def test_the_run_without_a_network_reads_local_text_by_a_tokenizer_that_is_there():
+    [command] = re.findall(r"```\n(accelerate launch .*?)```", (FOLDER / "README.md").read_text(), re.S)
+    path, overrides = re.search(r"train\.py (\S+)(.*)", command.replace("\\\n", " ")).groups()
+    config = load_config(path, overrides.split())
+    data = config.data
+    assert (data.dataset, data.dataset_config, data.streaming, data.tokenizer) == (STDLIB, None, False, "byte")
+    with torch.device("meta"):
+        model = build_model(config.model, byte_tokenizer())
+    assert f"{model.num_parameters() / 1e6:.0f} million parameters" in (FOLDER / "README.md").read_text()
 
 
 def test_a_sweep_is_a_run_of_train_py_for_each_combination(tmp_path, monkeypatch):

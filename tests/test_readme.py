@@ -54,8 +54,9 @@ def test_what_a_guide_points_to_is_there(guide):
     text = guide.read_text()
     for link in re.findall(r"\]\((?!https?:)(.*?)\)", text):
         path, _, heading = link.partition("#")
-        assert (guide.parent / path).exists(), link
-        headings = re.findall(r"^#+ (.*)", (guide.parent / path).read_text(), re.MULTILINE) if heading else []
+        target = guide.parent / path if path else guide
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if heading else []
         assert not heading or heading in [each.lower().replace(" ", "-") for each in headings], link
     for path in re.findall(
         r"`((?:benchmarks|configs|docs|examples|model_cards|modeling_minrnn|tests|training)/\S*?)`", text

@@ -17,15 +17,15 @@ from test_checkpoint import outcome, stop_at
 from test_train import MUON, assert_equal_weights, weights
 from torch.nn import Parameter
 from torch.optim import SGD
-from transformers import get_scheduler
+from transformers import AutoTokenizer, get_scheduler
 
 import train
 from modeling_minrnn import MinRNNConfig
 from training.checkpoint import changed_settings, damage, list_checkpoints, write_manifest
 from training.config import CHANGEABLE, InputError, RunConfig, load_config
-from training.data import TokenStream, token_digests
+from training.data import TokenStream, is_held_out, token_digests
 from training.report import read_metrics, read_rows
-from training.tokenizers import character_tokenizer
+from training.tokenizers import bpe_tokenizer, character_tokenizer
 
 RESUME = {"train.resume": True}
 
@@ -39,6 +39,7 @@ OTHERS = {
     "data.held_out_files": ["other.txt"],
     "data.held_out_split": "other",
     "data.held_out_tokens": 100,
+    "data.mixture": None,
     "data.held_out_lengths": [40, 99],
     "data.streaming": None,
     "data.task": None,
@@ -96,7 +97,7 @@ def test_every_setting_may_change_or_is_refused_by_name(setting, tmp_path):
             with pytest.raises(InputError, match=f"^train.resume: {name} is .*, but .*step-00000008/run.yaml has "):
                 changed_settings(tmp_path / "step-00000008", now)
     listed = {f"{section}.{key}" for section, keys in CHANGEABLE.items() for key in keys}
-    assert listed - tried == {"train.context_parallel_size", "data.dataset", "hub.push"}
+    assert listed - tried == {"train.context_parallel_size", "data.dataset", "data.mixture", "hub.push"}
     assert listed <= {*names, "model.dropout", "model.scan_backend"}
 
 
@@ -154,6 +155,46 @@ def test_another_text_under_the_same_path_is_refused_and_the_same_text_elsewhere
             train_main(config)
     assert train_main(config, [f"data.files={tmp_path}/elsewhere/text.txt"]) == 0
     assert outcome(folder) == expected
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_with_a_bpe_tokenizer_and_a_mixture_a_run_killed_anywhere_ends_as_the_uninterrupted_one(
+    run, tmp_path, monkeypatch, streaming
+):
+    """The tokenizer is trained once, and on nothing that is held out."""
+    lines = [f"{i} times {i}" for i in range(90)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    sources = [
+        {"files": [str(tmp_path / "corpus.txt")], "weight": 1},
+        {"dataset": str(tmp_path / "lines.jsonl"), "weight": 9},
+    ]
+    data = {
+        "files": [],
+        "mixture": sources,
+        "streaming": streaming,
+        "tokenizer": "bpe",
+        "tokenizer_vocab_size": 290,
+        "held_out_tokens": 60,
+    }
+    settings = {"data": data, "train.save_every_steps": 1, "train.eval_every_steps": 8}
+    trained_on = set()
+
+    def trained(texts, vocab_size):
+        texts = [*texts]
+        trained_on.update(texts)
+        return bpe_tokenizer(texts, vocab_size)
+
+    monkeypatch.setattr("training.tokenizers.bpe_tokenizer", trained)
+    monkeypatch.setattr("training.checkpoint.KEPT_CHECKPOINTS", 9)
+    folder = run(**settings)
+    expected = outcome(folder)
+    assert trained_on == {TEXT[: int(0.9 * len(TEXT))], *(line for line in lines if not is_held_out(line, 0.1))}
+    monkeypatch.setattr("training.tokenizers.bpe_tokenizer", None)
+    for step in (0, 5):
+        stop_at(folder, step)
+        run(**settings, **RESUME)
+        assert outcome(folder) == expected
+    assert AutoTokenizer.from_pretrained(folder).vocab_size == 290
 
 
 def test_a_vocabulary_is_part_of_what_a_text_is_known_by():

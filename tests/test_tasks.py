@@ -146,5 +146,5 @@ def test_a_task_that_does_not_exist_or_does_not_fit_is_one_line(changes, message
 
 
 def test_a_task_has_no_other_data(tmp_path, setting, train_main):
-    with pytest.raises(InputError, match="set one of data.dataset .*, data.files and data.task"):
+    with pytest.raises(InputError, match="set one of data.dataset .*, data.files, data.mixture and data.task"):
         train_main(setting(**{"data.task": "parity"}))

@@ -3,11 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import TEXT
 from transformers import AutoTokenizer
 
 from training.config import InputError
 from training.data import encode
-from training.tokenizers import byte_tokenizer, character_tokenizer, load_tokenizer
+from training.tokenizers import bpe_tokenizer, byte_tokenizer, character_tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.oldest
 
@@ -61,6 +62,39 @@ def test_special_tokens_follow_the_alphabet_and_are_distinct():
         assert specials == list(range(size, len(tokenizer)))
 
 
+@pytest.fixture(scope="module")
+def bpe():
+    return bpe_tokenizer([TEXT], 300)
+
+
+@given(texts)
+def test_a_bpe_tokenizer_restores_any_text_also_of_bytes_that_it_has_not_seen(bpe, text):
+    assert bpe.decode(encode([text], bpe)[0][:-1]) == text
+
+
+def test_a_bpe_tokenizer_merges_what_its_text_has_and_is_the_same_each_time_and_after_loading(bpe, tmp_path):
+    assert len(bpe) == 300 and len(encode(["7 times 8 is 56.\n"], bpe)[0]) < 10
+    assert bpe_tokenizer(TEXT.splitlines(keepends=True), 300).backend_tokenizer.to_str() == (
+        bpe.backend_tokenizer.to_str()
+    )
+    bpe.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert encode([TEXT, "<eos> é🙂"], reloaded) == encode([TEXT, "<eos> é🙂"], bpe)
+    (tmp_path / "own.json").write_text(bpe.backend_tokenizer.to_str())
+    resumed = load_tokenizer("bpe", [], trained=tmp_path / "own.json")
+    assert resumed.get_vocab() == bpe.get_vocab() and resumed.special_tokens_map == bpe.special_tokens_map
+    (tmp_path / "own.json").write_text("{}")
+    with pytest.raises(InputError, match=r"own\.json is no tokenizer: "):
+        load_tokenizer("bpe", [], trained=tmp_path / "own.json")
+
+
+def test_a_bpe_tokenizer_reads_no_more_than_the_beginning_of_a_text(monkeypatch):
+    monkeypatch.setattr("training.tokenizers.BPE_CHARACTERS", 1000)
+    text = (f"{number} bottles\n" for number in range(10**9))
+    assert "Ġbottles" in bpe_tokenizer(text, 280).get_vocab()
+    assert 50 < int(next(text).split()[0]) < 200  # 1000 characters are 91 lines
+
+
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), character_tokenizer(["abc"])])
 def test_a_batch_is_padded_on_the_left_ready_to_generate_from(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
@@ -74,9 +108,13 @@ def test_any_tokenizer_folder_loads_by_its_path(tmp_path):
     assert load_tokenizer(str(tmp_path), []).get_vocab() == byte_tokenizer().get_vocab()
 
 
-def test_an_unknown_tokenizer_is_named():
-    with pytest.raises(InputError, match="^data.tokenizer 'absent/absent' cannot be loaded: "):
+def test_an_unknown_tokenizer_is_named(monkeypatch):
+    with pytest.raises(InputError, match="^data.tokenizer 'absent/absent' cannot be loaded: .*byte, character, bpe"):
         load_tokenizer("absent/absent", [])
+    monkeypatch.setattr("training.tokenizers.AutoTokenizer", None)  # nothing is asked of the Hub
+    for name in ("bytes", "gpt2", "./absent", "runs/a/tokenizer", "/absent/tokenizer"):
+        with pytest.raises(InputError, match=f"^data.tokenizer is '{name}': must be byte, character, bpe, the folder"):
+            load_tokenizer(name, [])
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):

@@ -183,13 +183,6 @@ def test_accumulated_micro_batches_equal_one_batch(run, tmp_path):
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
-def test_trackers_receive_the_run(run, tracker):
-    folder = run(**{"train.trackers": [tracker]})
-    written = {"tensorboard": folder.rglob("events.out.*"), "trackio": Path(os.environ["HF_HOME"]).rglob("run.db")}
-    assert list(written[tracker])
-
-
 def test_bf16_follows_fp32_within_its_precision(run, tmp_path):
     full = run()
     half = run(**{"train.bf16": "force", "train.output_dir": str(tmp_path / "half")})

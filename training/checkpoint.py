@@ -9,6 +9,7 @@ OUTPUT_DIR/                     the best model so far, a folder for from_pretrai
         model.safetensors       the parameters
         optimizer.safetensors   the tensors of the optimizer, "INDEX.NAME" for the parameter of that index
         state.json              progress, scaler, digests of the data and the groups of the optimizer
+        tokenizer.json          a tokenizer that was trained with the run
         process_0.safetensors   random states of torch, for each process
         process_0.cache_0       what train.carry_state carries on, for each process and micro-batch
         process_0.json          random states of Python and numpy and the position in the data, for each process
@@ -30,7 +31,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from signal import SIGINT, SIGTERM, signal
@@ -46,11 +47,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_minrnn import load_state, save_state
 
-from .config import CHANGEABLE, SHAPE_OF_STATES, InputError, RunConfig, load_config, one_line
+from .config import CHANGEABLE, SHAPE_OF_STATES, InputError, RunConfig, load_config, one_line, settings_yaml
 from .data import StreamedWindows, WorkerWindows
 from .sharded import SHARDS, is_sharded, load_shards, save_shards
 
@@ -67,10 +68,11 @@ METRICS_FILE = "metrics.jsonl"
 FULL_METRICS_FILES = "metrics-[0-9][0-9][0-9][0-9].jsonl"
 NONFINITE_FILES = "nonfinite-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9].json"
 STARTS_FILE = "starts.jsonl"
+TOKENIZER_FILE = "tokenizer.json"
 # What a run leaves in its folder beside the model, as patterns.
 OWN_FILES = (
     SETTINGS_FILE, MANIFEST_FILE, CARD_FILE, LOSS_CURVE_FILE, METRICS_FILE, FULL_METRICS_FILES, NONFINITE_FILES,
-    STARTS_FILE,
+    STARTS_FILE, "events.out.tfevents.*",
 )  # fmt: skip
 KEPT_CHECKPOINTS = 2
 
@@ -108,6 +110,7 @@ class TrainingState:
     context_ranks: int = 1  # processes that share each sequence
     caches: list[Cache] = field(default_factory=list)  # what each micro-batch reads on from, with train.carry_state
     checkpoint: Path | None = None  # that this process has last loaded or saved
+    trained_tokenizer: PreTrainedTokenizerFast | None = None  # if it was trained with the run
 
 
 @contextmanager
@@ -229,12 +232,6 @@ def remove_run(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in [*(folder / name for name in manifest(folder)), *chain.from_iterable(map(folder.glob, OWN_FILES))]:
         path.unlink(missing_ok=True)
-
-
-def settings_yaml(config: RunConfig) -> str:
-    """What was asked of one call alone, to resume or to overwrite, is no property of the run and is left out."""
-    settings = replace(config, train=replace(config.train, resume=False, overwrite=False))
-    return OmegaConf.to_yaml(OmegaConf.structured(settings))
 
 
 # ---- Checkpoints
@@ -404,6 +401,8 @@ def write_shared_state(folder: Path, accelerator: Accelerator, config: RunConfig
         tensors = {f"{i}.{key}": tensor for i, kept in optimizer["state"].items() for key, tensor in kept.items()}
         save_model(state.model, folder / "model.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
+    if state.trained_tokenizer is not None:
+        (folder / TOKENIZER_FILE).write_text(state.trained_tokenizer.backend_tokenizer.to_str())
     (folder / "state.json").write_text(json.dumps(shared))
     (folder / SETTINGS_FILE).write_text(settings_yaml(config))
 

@@ -2,29 +2,34 @@
 
 import difflib
 import importlib
+import re
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, Container, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 STDLIB = "python-stdlib"
 LARGEST_SEED = 2**31 - 1  # numpy takes 32 bits, and each process adds its rank
+MOST_SKIPPED_STEPS = 10  # in a row, with train.on_nonfinite=skip
 MOST_LAYERS = 10_000  # the configuration of a model lists them
 
 # What a resumed run may change; it holds from the first step of that start on. Any other setting is refused by name.
 CHANGEABLE = {
     "model": {"dropout", "scan_backend"},
     # A text and a tokenizer are known by their content, see `token_digests`, except a streamed data set.
-    "data": {"dataset", "files", "held_out_files", "tokenizer"},
+    "data": {"dataset", "files", "held_out_files", "mixture", "tokenizer"},
     "train": {
         "batch_size", "betas", "bf16", "chunk_length", "compile", "context_parallel_size", "decay_steps",
         "early_stopping_patience", "eval_every_steps", "grad_clip_norm", "gradient_accumulation_steps",
@@ -34,6 +39,15 @@ CHANGEABLE = {
     },
     "hub": {"license", "private", "push", "repository"},
 }  # fmt: skip
+# The keys that say where a text is read, each with what belongs to it: one that is set replaces those set before.
+SOURCES = {
+    "dataset": {"dataset_config", "split", "held_out_split", "text_column"},
+    "files": {"held_out_files", "text_column"},
+    "mixture": set(),
+    "task": {"task_lengths", "held_out_lengths"},
+}
+TOKENIZERS = ("byte", "character", "bpe")
+SMALLEST_BPE = 258
 # With train.carry_state they decide where the rows read on, and which state is whose.
 SHAPE_OF_STATES = {"train.batch_size", "train.gradient_accumulation_steps", "train.sequence_length"}
 
@@ -42,53 +56,121 @@ class InputError(ValueError):
     """Something the user gave cannot be used: one line that says what, where and what would be right."""
 
 
+def setting(default: Any, meaning: str) -> Any:
+    """A key of a section: its default, and the meaning that --help shows."""
+    metadata = {"meaning": meaning}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass
-class DataConfig:
-    """Which text is read, how it is split and which tokenizer encodes it. `dataset`, `files` or `task` is set."""
+class SourceConfig:
+    """Where a text is read. One of `dataset` and `files` is set."""
 
-    # "python-stdlib" (the running Python's own source, nothing is downloaded), a Hub data set id, or a local folder of
-    # parquet, JSON lines or CSV files, or one such file: whatever datasets.load_dataset takes, with its configuration
-    # and columns.
-    dataset: str | None = None
-    dataset_config: str | None = None
-    split: str = "train"
-    held_out_split: str | None = None
-    text_column: str = "text"
-    # Documents arrive in the order of the data set while the model trains; nothing is stored on disk.
-    streaming: bool = False
-    # Processes that read and tokenise ahead for each training process; 0: it does so itself, between its steps.
-    workers: int = 0
+    dataset: str | None = setting(
+        None,
+        f"{STDLIB} (the running Python's own source, nothing is downloaded), a Hub data set id, or a local folder, "
+        "file or glob: what datasets.load_dataset takes, or text as in data.files",
+    )
+    dataset_config: str | None = setting(None, "configuration of a data set of the Hub")
+    split: str = setting("train", "split of data.dataset to train on")
+    held_out_split: str | None = setting(None, "split of data.dataset to hold out; null: see held_out_fraction")
+    text_column: str = setting(
+        "text", "column of a data set, or of .jsonl, .parquet and .csv files, that holds the text"
+    )
+    files: list[str] = setting(
+        [],
+        "paths, globs or folders. Rows of .jsonl, .json, .parquet and .csv files are documents, any other file is one "
+        "of plain UTF-8 text; of a folder and the folders in it, those and .txt files are read",
+    )
+    held_out_files: list[str] = setting(
+        [], "files to hold out, as in data.files, and never to train on; none: see held_out_fraction"
+    )
 
-    # Plain UTF-8 text: paths or globs. One document a file.
-    files: list[str] = field(default_factory=list)
-    held_out_files: list[str] = field(default_factory=list)
+    def check_source(self, name: str) -> None:
+        if bool(self.dataset) == bool(self.files):
+            raise InputError(f"{name}: set one of dataset (e.g. {STDLIB}) and files")
+        if self.held_out_files and not self.files:
+            raise InputError(f"{name}.held_out_files needs {name}.files; for a data set give {name}.held_out_split")
 
-    # A synthetic task of training/tasks.py, which has a tokenizer of its own, with the lengths of the shortest and the
-    # longest question, which must fit into train.sequence_length together with its answer.
-    task: str | None = None
-    task_lengths: tuple[int, int] = (1, 40)
-    held_out_lengths: tuple[int, int] = (40, 256)
 
-    # Without a held-out split or files: this fraction of the documents (chosen by a hash, so that neither order nor
-    # seed matters), or for `files` this fraction of the characters, from the end.
-    held_out_fraction: float = 0.1
-    # At most this many held-out tokens, from the start of the held-out split; null: all of them.
-    held_out_tokens: int | None = None
+@dataclass
+class MixedConfig(SourceConfig):
+    """A source of a mixture."""
 
-    # "byte", "character", or the name or path of any tokenizer that transformers loads.
-    tokenizer: str = "byte"
+    weight: float = setting(1.0, "how often the next document is drawn from this source, relative to the others")
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """Which text is read, how it is split and which tokenizer encodes it.
+
+    One of `dataset`, `files`, `mixture` and `task` is set.
+    """
+
+    mixture: list[MixedConfig] = setting(
+        [],
+        "several sources, each {dataset: ... or files: ..., weight: 1, and if need be dataset_config, split, "
+        "held_out_split, held_out_files, text_column}. Documents, of plain text pieces of it, are drawn by weight "
+        "until each has been, those of short sources several times",
+    )
+    streaming: bool = setting(
+        False,
+        "read documents in their order while the model trains, with nothing stored on disk; needs held_out_tokens",
+    )
+    workers: int = setting(
+        0,
+        "processes that read and tokenise a stream ahead, for each training process; 0: it does so itself, between "
+        "its steps",
+    )
+    task: str | None = setting(
+        None, "a synthetic task of training/tasks.py in place of a text, with its own tokenizer"
+    )
+    task_lengths: tuple[int, int] = setting(
+        (1, 40), "tokens of the shortest and longest question of data.task; train.sequence_length includes the answer"
+    )
+    held_out_lengths: tuple[int, int] = setting((40, 256), "the same for the held-out questions")
+    held_out_fraction: float = setting(
+        0.1,
+        "without held-out files or split: so many of the documents, chosen by a hash of their text, so that neither "
+        "order nor seed matters; of a plain text file so many of its characters, from its end",
+    )
+    held_out_tokens: int | None = setting(
+        None, "at most so many held-out tokens, from the start of the held-out text; null: all of them"
+    )
+    tokenizer: str = setting(
+        "byte",
+        "byte, character (or char), bpe (byte-level, trained on the start of the training text), or the folder or "
+        "OWNER/NAME of any tokenizer that transformers loads",
+    )
+    tokenizer_vocab_size: int = setting(
+        4096, "at most so many tokens with data.tokenizer=bpe: 256 bytes, <eos>, <pad> and merges"
+    )
+
+    def __post_init__(self):
+        self.tokenizer = {"char": "character"}.get(self.tokenizer, self.tokenizer)
 
     def check(self) -> None:
-        if bool(self.dataset) + bool(self.files) + bool(self.task) != 1:
-            raise InputError(f"data: set one of data.dataset (e.g. {STDLIB}), data.files and data.task")
+        if sum(map(bool, (self.dataset, self.files, self.mixture, self.task))) != 1:
+            raise InputError(f"data: set one of data.dataset (e.g. {STDLIB}), data.files, data.mixture and data.task")
+        if self.dataset or self.files:
+            self.check_source("data")
+        for number, source in enumerate(self.mixture):
+            source.check_source(f"data.mixture[{number}]")
+            if not 0 < source.weight < float("inf"):
+                raise InputError(f"data.mixture[{number}].weight is {source.weight}: must be positive and finite")
         if not 0 < self.held_out_fraction < 1:
             raise InputError(f"data.held_out_fraction is {self.held_out_fraction}: must be between 0 and 1")
-        if self.held_out_files and not self.files:
-            raise InputError("data.held_out_files needs data.files; for a data set give data.held_out_split")
         if self.held_out_tokens is not None and self.held_out_tokens < 2:
             raise InputError(f"data.held_out_tokens is {self.held_out_tokens}: must be at least 2, or null for all")
-        if self.streaming and (self.held_out_tokens is None or not self.dataset or self.dataset == STDLIB):
-            raise InputError("data.streaming needs a data set of the Hub or a local folder, and data.held_out_tokens")
+        if self.tokenizer_vocab_size < SMALLEST_BPE:
+            raise InputError(
+                f"data.tokenizer_vocab_size is {self.tokenizer_vocab_size}: must be at least {SMALLEST_BPE}, 256 "
+                "bytes and 2 special tokens"
+            )
+        if self.streaming and (self.held_out_tokens is None or self.task):
+            raise InputError("data.streaming needs data.held_out_tokens, and a text: not data.task")
         if self.workers < 0 or (self.workers and not self.streaming):
             raise InputError(f"data.workers is {self.workers}: must be 0, or positive with data.streaming")
 
@@ -97,60 +179,73 @@ class DataConfig:
 class TrainConfig:
     """How long and how the model is trained. A step is one optimizer step; lengths are in tokens."""
 
-    steps: int = MISSING
-    # Sequences per step, over all processes and accumulated micro-batches.
-    batch_size: int = MISSING
-    gradient_accumulation_steps: int = 1
-    # Predictions per sequence: the model reads this many tokens, and one more is the last target.
-    sequence_length: int = MISSING
-    # Processes that share each sequence, a chunk each: for sequences too long for the memory of one device.
-    context_parallel_size: int = 1
-    # Tokens at a time in an exact backward pass: the memory of so many, whatever sequence_length is, for one more
-    # forward pass; null: the whole sequence at once.
-    chunk_length: int | None = None
-    # Every row of a batch reads on from where it stopped in the step before, with the state it then had, which gets no
-    # gradient: truncated backpropagation through time. Nothing is carried from one document to the next. Otherwise a
-    # sequence begins anywhere in the text, with nothing read.
-    carry_state: bool = False
-    seed: int = 0
+    steps: int = setting(MISSING, "optimizer steps in all")
+    batch_size: int = setting(MISSING, "sequences a step, over all processes and accumulated micro-batches")
+    gradient_accumulation_steps: int = setting(1, "micro-batches a step")
+    sequence_length: int = setting(
+        MISSING, "predictions a sequence: so many tokens are read, and one more is the last target"
+    )
+    context_parallel_size: int = setting(
+        1, "processes that share each sequence, a chunk each: for sequences too long for the memory of one device"
+    )
+    chunk_length: int | None = setting(
+        None,
+        "tokens at a time in an exact backward pass: the memory of so many, whatever sequence_length is, for one more "
+        "forward pass; null: the whole sequence at once",
+    )
+    carry_state: bool = setting(
+        False,
+        "each row of a batch reads on from where it stopped in the step before, with the state it then had, which "
+        "gets no gradient: truncated backpropagation through time. Nothing is carried from one document to the next. "
+        "false: a sequence begins anywhere in the text, with nothing read",
+    )
+    seed: int = setting(0, "of the initial weights, the batches and dropout")
 
-    # "muon": torch.optim.Muon for the matrices of the layers, AdamW for embeddings, output, norms and all else.
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    # Of AdamW, and of Muon: the highest of the run.
-    learning_rate: float = MISSING
-    muon_learning_rate: float | None = None
-    # After a linear warm-up either "cosine", down to the minimum at the last step, or "wsd": constant until the last
-    # decay_steps, which go down to the minimum.
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    min_learning_rate_ratio: float = 0.1
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip_norm: float = 1.0
-    # A loss or gradient that is infinite or not a number changes no parameter: the run stops, or skips the step, but
-    # stops too after MOST_SKIPPED_STEPS of train.py in a row.
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw, or muon: torch.optim.Muon for the matrices of the layers, AdamW for all else"
+    )
+    learning_rate: float = setting(MISSING, "of AdamW: the highest, after the warm-up")
+    muon_learning_rate: float | None = setting(None, "of Muon: the highest, e.g. 0.02")
+    schedule: Literal["cosine", "wsd"] = setting(
+        "cosine",
+        "after a linear warm-up cosine, down to the minimum at the last step, or wsd: constant until the last "
+        "decay_steps, which go down to the minimum",
+    )
+    warmup_steps: int = setting(0, "the first, in which the learning rate rises")
+    decay_steps: int = setting(0, "with wsd the last, in which the learning rate falls")
+    min_learning_rate_ratio: float = setting(0.1, "the learning rate at the end, as a part of the highest")
+    weight_decay: float = setting(0.1, "of the matrices of linear layers, save those of gates and candidate")
+    betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW")
+    grad_clip_norm: float = setting(1.0, "the largest norm of all gradients together")
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop",
+        "a loss or gradient that is infinite or not a number changes no parameter: the run stops, or skips the step, "
+        f"but stops too after {MOST_SKIPPED_STEPS} such steps in a row",
+    )
 
-    # Mixed precision. A CPU without instructions for bfloat16 trains in float32 instead, unless "force" is set.
-    bf16: Literal[False, True, "force"] = False
-    compile: bool = False
+    bf16: Literal[False, True, "force"] = setting(
+        False,
+        "mixed precision. A CPU without instructions for bfloat16 trains in float32 instead, unless force is set",
+    )
+    compile: bool = setting(False, "torch.compile")
 
-    output_dir: str = MISSING
-    # Go on from the newest checkpoint; "auto": or begin where there is none, so that a launcher can repeat a command.
-    resume: Literal[False, True, "auto"] = False
-    overwrite: bool = False
-    log_every_steps: int = 10
-    # Each evaluation reads the whole held-out split; the model folder holds the model of the best one.
-    eval_every_steps: int = MISSING
-    # Stop after this many evaluations in a row without a new best; null: never.
-    early_stopping_patience: int | None = None
-    # Every evaluation continues each prompt by sample_tokens tokens.
-    sample_prompts: list[str] = field(default_factory=list)
-    sample_tokens: int = 100
-    save_every_steps: int = MISSING
-    # Names of trackers that accelerate knows, e.g. tensorboard, trackio.
-    trackers: list[str] = field(default_factory=list)
+    output_dir: str = setting(MISSING, "folder of the run; its name is that of the run in trackers")
+    resume: Literal[False, True, "auto"] = setting(
+        False,
+        "go on from the newest checkpoint; auto: or begin where there is none, so that a command can be repeated",
+    )
+    overwrite: bool = setting(False, "replace a run in output_dir")
+    log_every_steps: int = setting(10, "steps from one line of metrics.jsonl and of the trackers to the next")
+    eval_every_steps: int = setting(
+        MISSING, "each evaluation reads all held-out text; output_dir holds the model of the best one"
+    )
+    early_stopping_patience: int | None = setting(
+        None, "stop after so many evaluations in a row without a new best; null: never"
+    )
+    sample_prompts: list[str] = setting([], "texts that each evaluation continues")
+    sample_tokens: int = setting(100, "tokens of each continuation")
+    save_every_steps: int = setting(MISSING, "steps from one checkpoint to the next")
+    trackers: list[str] = setting([], "names that accelerate knows, e.g. tensorboard, trackio")
 
     def check(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "context_parallel_size",
@@ -201,13 +296,14 @@ class TrainConfig:
 class HubConfig:
     """Where the finished run is published."""
 
-    # Upload the best model with its tokenizer, code, model card and loss curve when training is done.
-    push: bool = False
-    # "user/name"; must not exist yet.
-    repository: str | None = None
-    private: bool = True
-    # Of the weights, as the Hub names licences: https://huggingface.co/docs/hub/repositories-licenses
-    license: str = "apache-2.0"
+    push: bool = setting(
+        False, "upload the best model with tokenizer, code, card and loss curve when training is done"
+    )
+    repository: str | None = setting(None, "user/name; must not exist yet")
+    private: bool = setting(True, "whether others may not see it")
+    license: str = setting(
+        "apache-2.0", "of the weights, as the Hub names it: https://huggingface.co/docs/hub/repositories-licenses"
+    )
 
     def check(self) -> None:
         if self.push and not self.repository:
@@ -238,19 +334,26 @@ class RunConfig:
 
 
 def load_config(path: str, overrides: list[str]) -> RunConfig:
-    """Read a YAML file and "section.key=value" overrides. Every fault is an InputError naming the key and the file."""
+    """Read a YAML file and overrides: other YAML files, and after all of these "section.key=value".
+
+    Every fault is an InputError naming the key and the file.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such configuration file")
     for override in overrides:
         if not is_text(override):  # a file name of other bytes
             raise InputError(f"command line: {override!r} is not UTF-8 text")
-        if "=" not in override:
+        if "=" not in override and not Path(override).is_file():
             raise InputError(f"command line: {override!r} is not of the form section.key=value")
     config = OmegaConf.structured(RunConfig)
-    sources = {path: lambda: OmegaConf.load(path), "command line": lambda: OmegaConf.from_dotlist(overrides)}
+    values = [override for override in overrides if "=" in override]
+    sources = {file: partial(OmegaConf.load, file) for file in (path, *overrides) if file not in values}
+    sources["command line"] = partial(OmegaConf.from_dotlist, values)
     for origin, read in sources.items():
         try:
-            set_values(config, OmegaConf.to_container(read(), resolve=True))
+            sections = OmegaConf.to_container(read(), resolve=True)
+            replace_source(config.data, sections)
+            set_values(config, sections)
         except (InputError, OmegaConfBaseException, UnicodeDecodeError, YAMLError) as error:
             raise InputError(f"{origin}: {one_line(error)}") from error
     try:
@@ -261,6 +364,18 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return run
+
+
+def replace_source(data: DictConfig, sections: Any) -> None:
+    """Where the data section of `sections` sets one of SOURCES, forget the others and what belongs to them."""
+    values = sections.get("data") if isinstance(sections, dict) else None
+    if not isinstance(values, dict) or not any(values.get(source) for source in SOURCES):
+        return
+    default = OmegaConf.structured(DataConfig)
+    for source, belongs in SOURCES.items():
+        if not values.get(source):
+            for key in {source, *belongs} - values.keys():
+                data[key] = default[key]
 
 
 def set_values(config: DictConfig, sections: Any) -> None:
@@ -279,12 +394,83 @@ def set_values(config: DictConfig, sections: Any) -> None:
                 raise InputError(f"unknown key {section}.{key}; the nearest known one is {section}.{near}")
             if isinstance(value, str) and section != "model" and OmegaConf.is_list(config[section]._get_node(key)):
                 value = [value]  # one path, prompt or tracker
+            if key == "mixture":
+                value = [with_lists(source) for source in value] if isinstance(value, list) else [with_lists(value)]
             if not is_text(str(value)):  # by an escape
                 raise InputError(f"{section}.{key} is {value!r}: half a character is no text")
             try:
                 OmegaConf.update(config[section], key, value)
             except OmegaConfBaseException as error:
                 raise InputError(f"{section}.{key}: {one_line(error)}") from error
+
+
+def settings_yaml(config: RunConfig) -> str:
+    """What was asked of one call alone, to resume or to overwrite, is no property of the run and is left out."""
+    settings = replace(config, train=replace(config.train, resume=False, overwrite=False))
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """With the arguments of the model that were left to their defaults, save those that the tokenizer gives."""
+    defaults = {key: default for key, (default, _) in model_settings().items() if key != "vocab_size"}
+    return replace(config, model=defaults | config.model)
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """All settings as {"section.key": value}, with lists and null as the command line takes them."""
+    sections = OmegaConf.to_container(OmegaConf.structured(resolved(config)))
+    return {
+        f"{section}.{key}": value if isinstance(value, (bool, int, float, str)) else yaml_value(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
+def model_settings() -> dict[str, tuple[Any, str]]:
+    """Default and meaning of each argument of MinRNNConfig that its docstring explains."""
+    config_class = model_config_class()
+    arguments = re.search(r"\n    Args:\n(.*?)\n\n", config_class.__doc__, re.DOTALL)[1]
+    entries = re.findall(r"^ {8}(\w[\w, ]*): (.*(?:\n {12}.*)*)", arguments, re.MULTILINE)
+    return {
+        name: (getattr(config_class, name), " ".join(meaning.split()))
+        for names, meaning in entries
+        for name in names.split(", ")
+    }
+
+
+def settings_help() -> str:
+    """Every key with its default and meaning."""
+    sections = {"model": [(key, *entry) for key, entry in model_settings().items()]}
+    for section in fields(RunConfig)[1:]:
+        defaults = OmegaConf.structured(section.default_factory)
+        sections[section.name] = [
+            (key.name, "required" if OmegaConf.is_missing(defaults, key.name) else defaults[key.name],
+             key.metadata["meaning"])
+            for key in fields(section.default_factory)
+        ]  # fmt: skip
+    wrap = partial(textwrap.fill, width=100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    lines = []
+    for section, keys in sections.items():
+        lines.append(f"\n{section}:")
+        for key, default, meaning in keys:
+            lines += [f"    {section}.{key}  ({yaml_value(default)})", wrap(meaning)]
+    return "\n".join(lines) + "\n"
+
+
+def yaml_value(value: Any) -> str:
+    """In one line, as the command line takes it."""
+    if isinstance(value, Container):
+        value = OmegaConf.to_container(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+
+
+def check_tokenizer(name: str) -> None:
+    """Raises InputError for what cannot be the name of a tokenizer: whatever is to be loaded is looked for later."""
+    if name not in TOKENIZERS and not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise InputError(
+            f"data.tokenizer is {name!r}: must be {', '.join(TOKENIZERS)}, the folder of a tokenizer, or the "
+            "OWNER/NAME of one on the Hub"
+        )
 
 
 def check_model(arguments: dict[str, Any]) -> None:
@@ -325,6 +511,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks and without what OmegaConf appends about its own types."""
     return " ".join(str(error).split("full_key:")[0].split())
+
+
+def with_lists(source: Any) -> dict[str, Any]:
+    """Of a source of a mixture: one path is a list of one."""
+    if not isinstance(source, dict) or not source.keys() & {"dataset", "files"}:
+        raise InputError(
+            f"data.mixture has {source!r}: a source is {{dataset: NAME, weight: 1}} or {{files: [PATH], ...}}"
+        )
+    lone = {key for key in ("files", "held_out_files") if isinstance(source.get(key), str)}
+    return source | {key: [source[key]] for key in lone}
 
 
 @contextmanager

@@ -11,12 +11,11 @@ import os
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from codecs import IncrementalDecoder, getincrementaldecoder
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import chain, islice, repeat, tee
 from multiprocessing.util import Finalize
 from pathlib import Path
 from signal import SIG_DFL, SIG_IGN, SIGINT, SIGTERM, alarm, signal
@@ -25,25 +24,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+)
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetsError
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .config import STDLIB, DataConfig, InputError, one_line
+from .config import STDLIB, DataConfig, InputError, SourceConfig, one_line
+from .files import TABLES, count_characters, names_files, read_blocks, table_kind, training_and_held_out
 
 # The tests of the standard library are not installed everywhere, and some are deliberately not valid source.
 NOT_STDLIB_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 # A tokenizer keeps some 200 bytes a character while it works: long documents are encoded in pieces, few at a time.
 PIECE_CHARACTERS = 2**14
 PIECES_AT_ONCE = 64
-# Bytes of a file that are read at once.
-BLOCK_BYTES = 2**20
 # Documents tokenised per call.
 DOCUMENT_BATCH = 64
-STREAM = "data.dataset, while it is streamed"
+READING = "data, while it is read"
 IGNORED = -100  # a target that the loss leaves out, by torch's convention
 
 
@@ -53,16 +60,40 @@ def load_documents(config: DataConfig) -> tuple["Documents", "Documents"]:
     Raises InputError for a missing file, a file that is not UTF-8 text, an unknown data set, split or column, and for
     a split without text.
     """
-    if config.files:
-        training, held_out = file_documents(config)
-    elif config.dataset == STDLIB:
-        training, held_out = stdlib_documents(config.held_out_fraction)
+    if config.mixture:
+        sources = [source_documents(source, config) for source in config.mixture]
+        weights = [source.weight for source in config.mixture]
+        training, held_out = (mixed(documents, weights) for documents in zip(*sources))
     else:
-        training, held_out = dataset_documents(config)
+        training, held_out = source_documents(config, config)
+    return as_stream(training) if config.streaming else training, held_out
+
+
+def source_documents(source: SourceConfig, config: DataConfig) -> tuple["Documents", "Documents"]:
+    if source.dataset == STDLIB:
+        training, held_out = stdlib_documents(config.held_out_fraction)
+    elif source.files or names_files(source.dataset):
+        training, held_out = file_documents(source, config)
+    else:
+        training, held_out = dataset_documents(source, config)
     for name, documents in (("training", training), ("held-out", held_out)):
         if next(iter(documents), None) is None:
-            raise InputError(f"data: the {name} split of {config.dataset or config.files} has no text")
+            raise InputError(f"data: the {name} split of {source.dataset or source.files} has no text")
     return training, held_out
+
+
+def mixed(sources: tuple["Documents", ...], weights: list[float]) -> IterableDataset:
+    """Documents drawn by weight, until each has been; those of short sources several times. The same at each call."""
+    shares = [weight / sum(weights) for weight in weights]
+    streams = [as_stream(documents) for documents in sources]
+    return interleave_datasets(streams, shares, seed=0, stopping_strategy="all_exhausted")
+
+
+def as_stream(documents: "Documents") -> IterableDataset:
+    """With the column "text" alone: of a text file each piece is a document."""
+    if isinstance(documents, Dataset):
+        documents = documents.to_iterable_dataset()
+    return documents.select_columns("text").cast(Features({"text": Value("string")}))
 
 
 def stdlib_documents(held_out_fraction: float) -> tuple[Dataset, Dataset]:
@@ -77,83 +108,66 @@ def stdlib_documents(held_out_fraction: float) -> tuple[Dataset, Dataset]:
     return in_memory(splits[False]), in_memory(splits[True])
 
 
-def file_documents(config: DataConfig) -> tuple["TextFiles", "TextFiles"]:
-    """One document a file, with held-out files of their own or the last characters of all files taken together."""
-    training = [(path, 0, count_characters(path)) for path in expand(config.files, "data.files")]
-    if config.held_out_files:
-        paths = expand(config.held_out_files, "data.held_out_files")
-        return TextFiles(training), TextFiles([(path, 0, count_characters(path)) for path in paths])
-    lengths = [length for _, _, length in training]
-    keep = int((1 - config.held_out_fraction) * sum(lengths))
-    cuts = [min(max(0, keep - start), length) for start, length in zip(accumulate(lengths, initial=0), lengths)]
-    return (
-        TextFiles([(path, 0, cut) for (path, _, _), cut in zip(training, cuts)]),
-        TextFiles([(path, cut, length) for (path, _, length), cut in zip(training, cuts)]),
-    )
+def file_documents(source: SourceConfig, config: DataConfig) -> tuple["Documents", "Documents"]:
+    """Rows of tables, and each text file as one document, with held-out files of their own or a part of every file."""
+    training, held_out = training_and_held_out(source)
+    if held_out:
+        return tuple(split_files(paths, 0.0, source, config.streaming)[0] for paths in (training, held_out))
+    return split_files(training, config.held_out_fraction, source, config.streaming)
 
 
-class TextFiles:
+def split_files(
+    paths: list[Path], held_out_fraction: float, source: SourceConfig, streaming: bool
+) -> tuple["Documents", "Documents"]:
+    """Of each text file the last characters are held out, of tables the rows that `is_held_out` tells."""
+    texts = [path for path in paths if not table_kind(path)]
+    lengths = [count_characters(path) for path in texts]
+    keeps = [int((1 - held_out_fraction) * length) for length in lengths]
+    splits = ([text_documents(zip(texts, repeat(0), keeps))], [text_documents(zip(texts, keeps, lengths))])
+    for kind in dict.fromkeys(TABLES.values()):
+        files = [glob.escape(str(path)) for path in paths if table_kind(path) == kind]
+        if files:
+            rows = text_rows(
+                f"data.files {source.files or source.dataset}", source.text_column,
+                path=kind, data_files=files, split="train", streaming=streaming,
+            )  # fmt: skip
+            for documents, split in zip(splits, split_rows(rows, held_out_fraction)):
+                documents.append(split)
+    return tuple(map(joined, splits))
+
+
+def joined(parts: list["Documents"]) -> "Documents":
+    parts = [part for part in parts if isinstance(part, IterableDataset) or len(part)]
+    if len(parts) < 2:
+        return parts[0] if parts else in_memory([])
+    return concatenate_datasets([as_stream(part) for part in parts])
+
+
+def text_documents(stretches: Iterable[tuple[Path, int, int]]) -> "Documents":
     """Documents of which no file is ever in memory as a whole: one a file, its characters `first` to `last` - 1.
 
-    Iteration gives rows of pieces, {"text": a piece, "ends": whether it is the last of its document}.
+    Rows are pieces, {"text": a piece, "ends": whether it is the last of its document}.
     """
-
-    def __init__(self, stretches: list[tuple[Path, int, int]]):
-        self.stretches = [(path, first, last) for path, first, last in stretches if first < last]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for path, first, last in self.stretches:
-            left = last - first
-            for piece in cut(stretch(read_blocks(path), first, last)):
-                left -= len(piece)
-                yield {"text": piece, "ends": not left}
+    stretches = [(str(path), first, last) for path, first, last in stretches if first < last]
+    if not stretches:
+        return in_memory([])
+    features = Features({"text": Value("string"), "ends": Value("bool")})
+    return IterableDataset.from_generator(pieces_of_files, features, {"stretches": stretches})
 
 
-Documents = Dataset | IterableDataset | TextFiles
+def pieces_of_files(stretches: list[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
+    for path, first, last in stretches:
+        left = last - first
+        for piece in cut(stretch(read_blocks(Path(path)), first, last)):
+            left -= len(piece)
+            yield {"text": piece, "ends": not left}
+
+
+Documents = Dataset | IterableDataset
 
 
 def in_memory(texts: list[str]) -> Dataset:
     return Dataset.from_dict({"text": [text for text in texts if text]})
-
-
-def expand(patterns: list[str], key: str) -> list[Path]:
-    """The files that paths and globs name, in the order of the patterns, each pattern's matches sorted."""
-    paths = []
-    for pattern in patterns:
-        # A file may have brackets in its name.
-        names = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        matches = [Path(name) for name in names if Path(name).is_file()]
-        if not matches:
-            raise InputError(f"{key}: {pattern} matches no file")
-        paths += matches
-    return paths
-
-
-def read_blocks(path: Path) -> Iterator[str]:
-    """The text of a file, BLOCK_BYTES at a time. Raises InputError where it is not UTF-8 text."""
-    decoder, start = getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
-        while data := file.read(BLOCK_BYTES):
-            yield decode(decoder, data, start, path)
-            start += len(data)
-    decode(decoder, b"", start, path)
-
-
-def decode(decoder: IncrementalDecoder, data: bytes, start: int, path: Path) -> str:
-    """The bytes of `path` from `start` on, and before them what is left of a character; b"" ends the file."""
-    start_of_character = start - len(decoder.getstate()[0])
-    try:
-        text = decoder.decode(data, final=not data)
-    except UnicodeDecodeError as error:
-        position, value = start_of_character + error.start, error.object[error.start]
-        raise InputError(f"{path} is not UTF-8 text: byte {position} is 0x{value:02x}") from error
-    if (position := data.find(0)) >= 0:
-        raise InputError(f"{path} is not text: byte {start + position} is 0x00")
-    return text
-
-
-def count_characters(path: Path) -> int:
-    return sum(map(len, read_blocks(path)))
 
 
 def stretch(blocks: Iterable[str], first: int, last: int) -> Iterator[str]:
@@ -164,13 +178,17 @@ def stretch(blocks: Iterable[str], first: int, last: int) -> Iterator[str]:
         start += len(block)
 
 
-def dataset_documents(config: DataConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+def dataset_documents(source: SourceConfig, config: DataConfig) -> tuple[Documents, Documents]:
     """A Hub data set or local folder; without a held-out split, documents go by a hash of their text."""
-    training = load_split(config, config.split)
-    if config.held_out_split:
-        return training, load_split(config, config.held_out_split)
+    training = load_split(source, source.split, config.streaming)
+    if source.held_out_split:
+        return training, load_split(source, source.held_out_split, config.streaming)
+    return split_rows(training, config.held_out_fraction)
+
+
+def split_rows(rows: Documents, held_out_fraction: float) -> tuple[Documents, Documents]:
     return tuple(
-        training.filter(partial(is_in_split, config.held_out_fraction, held_out), input_columns="text")
+        rows.filter(partial(is_in_split, held_out_fraction, held_out), input_columns="text")
         for held_out in (False, True)
     )
 
@@ -189,19 +207,25 @@ def readable(what: str) -> Iterator[None]:
         raise InputError(f"{what}: {one_line(cause)[:200]}") from error
 
 
-def load_split(config: DataConfig, split: str) -> Dataset | IterableDataset:
-    file = Path(config.dataset)
-    source = {"path": str(file.parent), "data_files": file.name} if file.is_file() else {"path": config.dataset}
-    with readable(f"data.dataset {config.dataset!r}, split {split!r}"):
-        documents = load_dataset(**source, name=config.dataset_config, split=split, streaming=config.streaming)
+def load_split(source: SourceConfig, split: str, streaming: bool) -> Documents:
+    file = Path(source.dataset)
+    where = {"path": str(file.parent), "data_files": file.name} if file.is_file() else {"path": source.dataset}
+    where |= {"name": source.dataset_config, "split": split, "streaming": streaming}
+    return text_rows(f"data.dataset {source.dataset!r}, split {split!r}", source.text_column, **where)
+
+
+def text_rows(what: str, column: str, **where: Any) -> Documents:
+    """What load_dataset(**where) gives, with `column` alone, as "text", and without the rows that have none."""
+    with readable(what):
+        documents = load_dataset(**where)
         first = next(iter(documents), {})
     columns = documents.column_names or list(first)
-    if config.text_column not in columns:
-        raise InputError(f"data.text_column {config.text_column!r} is not a column of {config.dataset}: {columns}")
-    documents = documents.select_columns(config.text_column)
-    if config.text_column != "text":
-        documents = documents.rename_column(config.text_column, "text")
-    return documents.filter(partial(has_text, config.text_column), input_columns="text")
+    if column not in columns:
+        raise InputError(f"data.text_column {column!r} is not a column of {what}: {columns}")
+    documents = documents.select_columns(column)
+    if column != "text":
+        documents = documents.rename_column(column, "text")
+    return documents.filter(partial(has_text, column), input_columns="text")
 
 
 def has_text(column: str, value: Any) -> bool:
@@ -266,12 +290,15 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 class TokenStream:
-    """A sequence of token ids over arrays that stay where they are: memory-mapped where the data set is on disk."""
+    """A sequence of token ids over arrays that stay where they are: memory-mapped where the data set is on disk.
+
+    predicted_bytes: UTF-8 bytes of the text of all tokens but the first, which nothing predicts; None if not counted.
+    """
 
     is_one_text = True
 
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays = arrays
+    def __init__(self, arrays: list[np.ndarray], predicted_bytes: int | None = None):
+        self.arrays, self.predicted_bytes = arrays, predicted_bytes
         self.starts = np.cumsum([0, *map(len, arrays)])
 
     def __len__(self) -> int:
@@ -312,51 +339,67 @@ def token_stream(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> TokenStream:
     """All documents, or the first `max_tokens` tokens of them, as one stream. Raises InputError below two tokens."""
-    dtype = np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
-    if isinstance(documents, Dataset):
-        tokens = documents.map(
-            lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
-            batched=True,
-            batch_size=DOCUMENT_BATCH,
-            remove_columns="text",
-            features=Features({"input_ids": List(Value(dtype.name))}),
-            desc="Tokenising",
-        )
-        arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
-    else:
-        with readable("data.files" if isinstance(documents, TextFiles) else STREAM):
-            arrays = [stored_tokens(documents, tokenizer, dtype, max_tokens)]
+    if max_tokens or not isinstance(documents, Dataset):
+        return counted_stream(documents, tokenizer, max_tokens)
+    tokens = documents.map(
+        lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
+        batched=True,
+        batch_size=DOCUMENT_BATCH,
+        remove_columns="text",
+        features=Features({"input_ids": List(Value(id_type(tokenizer).name))}),
+        desc="Tokenising",
+    )
+    arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
     arrays[-1] = arrays[-1][:-1]  # end tokens separate documents: none after the last
-    stream = TokenStream(arrays)
-    if max_tokens and len(stream) > max_tokens:
-        stream = TokenStream([stream.read(0, max_tokens).numpy()])
-    if len(stream) < 2:
-        raise InputError("data: a split of a single token leaves nothing to predict")
-    return stream
+    return at_least_two(TokenStream(arrays))
 
 
-def stored_tokens(
-    documents: IterableDataset | TextFiles,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: np.dtype,
-    max_tokens: int | None,
-) -> np.ndarray:
-    """The tokens of all documents, or some more than `max_tokens`, in a file without a name that goes with them."""
-    pieces = (
+def counted_stream(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> TokenStream:
+    """A token_stream that knows its `predicted_bytes`. The tokens lie in a file without a name that goes with them."""
+    pieces, texts = tee(
         piece
         for document in documents
         for piece in (*cut([document["text"]]), *([None] if document.get("ends", True) else []))
     )
-    count, bar = 0, tqdm(desc="Tokenising", unit=" tokens", unit_scale=True)
-    with bar, TemporaryFile() as file:
-        for ids in encode_pieces(pieces, tokenizer):
+    dtype, count, predicted_bytes = id_type(tokenizer), 0, 0
+    bar = tqdm(desc="Tokenising", unit=" tokens", unit_scale=True)
+    with readable(READING), bar, TemporaryFile() as file:
+        for text, ids in zip(texts, encode_pieces(pieces, tokenizer)):
+            before, count = count, count + len(ids)
             file.write(np.array(ids, dtype=dtype).data)
-            count += len(ids)
             bar.update(len(ids))
+            if text is not None:
+                within = max_tokens - before if max_tokens and count > max_tokens else None
+                predicted_bytes += bytes_of_tokens(text, tokenizer, within)
+                predicted_bytes -= bytes_of_tokens(text, tokenizer, 1) if ids and not before else 0
             if max_tokens and count > max_tokens:
                 break
         file.flush()
-        return np.memmap(file, dtype, "r")
+        tokens = np.memmap(file, dtype, "r")[:-1]  # end tokens separate documents: none after the last
+    return at_least_two(TokenStream([tokens[:max_tokens]], predicted_bytes))
+
+
+def bytes_of_tokens(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> int:
+    """UTF-8 bytes of the text that its first so many tokens stand for, in whole characters; None: of all the text."""
+    if tokens is None:
+        return len(text.encode())
+    settings = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    if not tokenizer.is_fast:  # these do not know where in the text a token is
+        return len(tokenizer.decode(tokenizer(text, **settings)["input_ids"][:tokens]).encode())
+    places = tokenizer(text, return_offsets_mapping=True, **settings)["offset_mapping"][:tokens]
+    return len(text[: max((end for _, end in places), default=0)].encode())
+
+
+def id_type(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
+    return np.dtype("uint16" if len(tokenizer) <= 2**16 else "uint32")
+
+
+def at_least_two(stream: TokenStream) -> TokenStream:
+    if len(stream) < 2:
+        raise InputError("data: a split of a single token leaves nothing to predict")
+    return stream
 
 
 def token_digests(tokenizer: PreTrainedTokenizerBase, streams: dict[str, TokenStream]) -> dict[str, str]:
@@ -467,7 +510,7 @@ class StreamedWindows:
 
     def document_batches(self) -> Iterator[list[str]]:
         while True:
-            with readable(STREAM):
+            with readable(READING):
                 for batch in self.documents.iter(batch_size=DOCUMENT_BATCH):
                     self.position = self.documents.state_dict()  # which tells no loaded position before it is read
                     yield batch["text"]

@@ -1,5 +1,6 @@
 """What a run leaves for people: metrics and starts as JSON lines, the loss curve as a picture, and the model card."""
 
+import glob
 import hashlib
 import json
 import math
@@ -31,21 +32,25 @@ from .checkpoint import (
     LOSS_CURVE_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
+    SETTINGS_FILE,
     STARTS_FILE,
     Progress,
     TrainingState,
     nonfinite_file,
-    settings_yaml,
     sha256,
     step_of,
     write_file,
 )
-from .config import STDLIB, DataConfig, InputError, RunConfig
+from .config import STDLIB, InputError, RunConfig, SourceConfig, settings_yaml
+from .data import TokenStream
 from .sharded import whole
+from .tasks import HeldOutQuestions
 
 METRICS_FILE_BYTES = 2**24
 # Settings that are paths.
-PATHS = ("data.dataset", "data.files", "data.held_out_files", "data.tokenizer", "train.output_dir")
+PATHS = (
+    "data.dataset", "data.files", "data.held_out_files", "data.mixture", "data.tokenizer", "train.output_dir",
+)  # fmt: skip
 NEW_CARD_FILE = "README.new.md"
 CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 
@@ -163,12 +168,21 @@ def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState
 
 
 def plot_loss_curve(folder: Path) -> None:
-    """Training loss and held-out loss (nats per token) against steps, from the metrics in `folder`."""
+    """Training loss and held-out loss against steps, from the metrics in `folder`.
+
+    In nats per token, and on the right, where a text is held out, in bits per byte of that text.
+    """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    metrics = read_metrics(folder)
     for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
-        rows = [row for row in read_metrics(folder) if key in row]
+        rows = [row for row in metrics if key in row]
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], style, label=label, linewidth=1)
+    finite = [row for row in metrics if 0 < row.get("bits_per_byte", 0) < math.inf]
+    if finite:
+        ratio = finite[-1]["bits_per_byte"] / finite[-1]["held_out_loss"]
+        scales = (lambda nats: nats * ratio, lambda bits: bits / ratio)
+        axes.secondary_yaxis("right", functions=scales).set_ylabel("bits per byte of the held-out text")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder / LOSS_CURVE_FILE, dpi=120)
@@ -225,9 +239,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         corpus = f"questions of the synthetic task {data.task}"
         held_out = "questions of {} to {} tokens".format(*data.held_out_lengths)
     else:
-        dataset = data.dataset and relative_path(data.dataset)
-        corpus = {STDLIB: "the source of Python's standard library"}.get(dataset, dataset)
-        corpus = corpus or ", ".join("/".join(Path(relative_path(file)).parts[-2:]) for file in data.files)
+        corpus = " and ".join(map(corpus_of, data.mixture or [data]))
         held_out = "over the whole held-out split, read once with the state carried through it"
     unit = "character" if data.tokenizer == "character" else "token"
     labels = {
@@ -256,7 +268,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
             license=config.hub.license,
             pipeline_tag="text-generation",
             tags=[MinRNNConfig.model_type],
-            datasets=[relative_path(data.dataset)] if data.dataset and data.dataset != STDLIB else None,
+            datasets=[source.dataset for source in data.mixture or [data] if is_on_hub(source)] or None,
             model_name=name,
             eval_results=results or None,
         ),
@@ -277,6 +289,21 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
         settings=settings.strip(),
         license=config.hub.license,
         corpus_license=model.corpus_license,
+    )
+
+
+def is_on_hub(source: SourceConfig) -> bool:
+    """Whether data.dataset is no path of this machine."""
+    name = source.dataset
+    return bool(name) and name != STDLIB and not Path(name).exists() and not glob.has_magic(name)
+
+
+def corpus_of(source: SourceConfig) -> str:
+    if source.dataset == STDLIB:
+        return "the source of Python's standard library"
+    paths = [source.dataset] if source.dataset else source.files
+    return ", ".join(
+        relative_path(path) if source.dataset else "/".join(Path(relative_path(path)).parts[-2:]) for path in paths
     )
 
 
@@ -312,6 +339,26 @@ def write_model_card(folder: Path, config: RunConfig, model: PreTrainedModel, pr
     return path
 
 
+def next_steps(config: RunConfig, step: int) -> list[str]:
+    """Commands that do something with a finished run, one a line."""
+    folder = config.train.output_dir
+    prompt = config.train.sample_prompts[:1]
+    resume = ["python", "train.py", str(Path(folder) / SETTINGS_FILE), "train.resume=true"]
+    longer = [f"train.steps={2 * step}"]
+    longer += ["train.early_stopping_patience=null"] if config.train.early_stopping_patience else []
+    longer += ["hub.push=false"] if config.hub.push else []  # no repository is pushed to twice
+    repository = config.hub.repository or "USER/NAME"
+    commands = {
+        "sample": ["python", "-m", "minrnn", "sample", folder, *prompt],
+        "resume": [*resume, *longer],
+        "push": [*resume, "hub.push=true", f"hub.repository={repository}"],
+        "serve": ["python", "-m", "minrnn", "serve", folder],
+    }
+    if config.hub.push:
+        del commands["push"]
+    return [f"{name + ':':8}{shlex.join(words)}" for name, words in commands.items()]
+
+
 def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -342,16 +389,22 @@ def without_folder(word: str) -> str:
     key, equals, value = word.partition("=")
     if key not in PATHS:
         return relative_path(word)
-    return key + equals + re.sub(r"(?<![^\['\" ,])/[^,\]'\"]*", lambda match: relative_path(match[0]), value)
+    return key + equals + re.sub(r"(?<![^\['\" ,])/[^,\]}'\"]*", lambda match: relative_path(match[0]), value)
 
 
 def without_folders(config: RunConfig) -> RunConfig:
+    def shorter(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shorter(one) for one in value]
+        if isinstance(value, SourceConfig):
+            paths = {key: shorter(getattr(value, key)) for key in ("dataset", "files", "held_out_files")}
+            return replace(value, **paths)
+        return value and relative_path(value)
+
     sections = {}
     for section, key in (path.split(".") for path in PATHS):
         values = sections.get(section, getattr(config, section))
-        value = getattr(values, key)
-        short = [relative_path(path) for path in value] if isinstance(value, list) else value and relative_path(value)
-        sections[section] = replace(values, **{key: short})
+        sections[section] = replace(values, **{key: shorter(getattr(values, key))})
     return replace(config, **sections)
 
 
@@ -371,7 +424,12 @@ def code_commit() -> str | None:
     return done.stdout.strip()
 
 
-def held_out_scores(loss: float, data: DataConfig) -> dict[str, float]:
-    """`loss` in nats per token; where tokens are bytes also in bits per byte."""
-    in_bytes = data.tokenizer == "byte" and not data.task
-    return {"held_out_loss": loss} | ({"bits_per_byte": loss / math.log(2)} if in_bytes else {})
+def held_out_scores(loss: float, held_out: TokenStream | HeldOutQuestions) -> dict[str, float]:
+    """`loss` in nats per token; of a text also in bits per byte, by which models of different tokenizers compare.
+
+    That is the loss of all predicted tokens, end tokens too, over the bytes of the text that they stand for.
+    """
+    scores = {"held_out_loss": loss}
+    if held_out.predicted_bytes:
+        scores["bits_per_byte"] = loss * (len(held_out) - 1) / held_out.predicted_bytes / math.log(2)
+    return scores

@@ -159,6 +159,7 @@ class HeldOutQuestions:
     """HELD_OUT_ROWS questions of each of up to HELD_OUT_LENGTHS lengths, the same for every run."""
 
     is_one_text = False
+    predicted_bytes = None  # what is asked has no bytes
 
     def __init__(self, questions: Questions, lengths: tuple[int, int]):
         self.questions = questions

@@ -67,6 +67,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # arguments of MinRNNConfig
     "minLSTM": {"cell_type": "minlstm"},
     "minLSTM, linear": {"cell_type": "minlstm"} | LINEAR,
 } | {CELLS[name].label: {"cell_type": name} for name in OTHERS}
+CONTENDERS |= {CELLS[name].label: {"cell_type": name, "num_heads": 2} for name in ("hgrn2", "gated_delta")}
 GOOD_FOR = {
     "minGRU": "the default: the paper's",
     "minGRU, linear": "text, in its place: a state of either sign at the same cost",
@@ -79,6 +80,8 @@ GOOD_FOR = {
     "LRU": "signals with a rhythm: memories that turn, whatever the input",
     "RG-LRU": "the cell of Griffin, with long memories from the start",
     "HGRN": "deep stacks: the deeper the layer, the less it may forget",
+    "HGRN2": "recall: a matrix of what was read, by what let it in",
+    "gated DeltaNet": "recall, and states that are written over: pairs, permutations",
     "LMU": "signals over a known window: nothing of the memory is learned",
 }
 
