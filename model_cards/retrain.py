@@ -21,7 +21,7 @@ from model_cards.write import CARDS, HERE, ROOT, write
 from modeling_minrnn import MinRNNForCausalLM
 from train import evaluate
 from training.config import load_config
-from training.data import load_documents, token_stream
+from training.data import counted_stream, load_documents
 from training.report import held_out_scores
 
 
@@ -36,7 +36,7 @@ def scores(run: Path, folder: Path) -> dict[str, float]:
     """Of the model in `folder` on the text that `run` held out."""
     config = load_config(str(run / "run.yaml"), [])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    held_out = token_stream(load_documents(config.data)[1], tokenizer, config.data.held_out_tokens)
+    held_out = counted_stream(load_documents(config.data)[1], tokenizer, config.data.held_out_tokens)
     loss, accuracy = evaluate(model, held_out)
     in_windows, _ = evaluate(model, held_out, window=config.train.sequence_length)
     return held_out_scores(loss, held_out) | {"held_out_window_loss": in_windows, "held_out_accuracy": accuracy}
