@@ -8,6 +8,7 @@ PATTERNS = (
     "docs/*.md",
     "docs/plots/*.png",
     "configs/*/README.md",
+    "model_cards/*/README.md",
     "benchmarks/results/*.md",
     "benchmarks/results/*.png",
 )
