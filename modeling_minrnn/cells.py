@@ -633,7 +633,7 @@ class GatedDelta(_Matrices):
 
     def gates(self, projected, parameters, log_sums):
         gate, rate, k, v, q = projected.split(self.blocks(self.state_width(projected.shape[-1])), -1)
-        decay, step = parameters
+        decay, step = parameters.unbind(0)
         log_decay = -decay.exp() * softplus(gate + step)
         rate, k, v = (x.unflatten(-1, (self.householder_steps, self.num_heads, -1)) for x in (rate, k, v))
         q = q.unflatten(-1, (self.num_heads, -1))

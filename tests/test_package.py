@@ -48,14 +48,15 @@ def test_the_wheel_runs_the_first_snippet_of_the_readme_where_nothing_else_of_th
     (installed / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     model = printable_model()
-    save(model, tmp_path / "runs" / "demo")
+    save(model, tmp_path / "model_cards" / "python-1m")
     snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     output = run(python, "-I", "-c", snippet + "\nprint(modeling_minrnn.__file__)", cwd=tmp_path)
-    text, path = output.splitlines()
+    *sampled, text, path = output.splitlines()
+    assert sampled[0].startswith("def read_")
     assert text == "import " + continuation(model, "import ", 100)
     command = python.with_name("minrnn")
     options = ("--temperature", "0", "--max-new-tokens", "100")
-    assert run(command, "sample", "runs/demo", "import ", *options, cwd=tmp_path) == text + "\n"
+    assert run(command, "sample", "model_cards/python-1m", "import ", *options, cwd=tmp_path) == text + "\n"
     error = run(command, "train", "demo.yaml", cwd=tmp_path, status=2)
     assert error.startswith("minrnn: error: train is not in the installed package: clone")
     assert path == str(installed / "modeling_minrnn" / "__init__.py")
