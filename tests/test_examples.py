@@ -14,12 +14,18 @@ import torch
 from printable_model import continuation, printable_model, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from examples import finetune_chat
 from examples.tiny_model import load
 from training.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that an example is about
+
+
+@pytest.fixture
+def finetune_chat():  # needs trl, which not every environment has
+    from examples import finetune_chat
+
+    return finetune_chat
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def test_lora_learns_and_leaves_a_model_that_needs_no_peft(folder, run, tmp_path
     assert after < before - 0.5
 
 
-def test_finetune_chat_trains_a_model_that_chats_from_its_folder(run, monkeypatch, tmp_path):
+def test_finetune_chat_trains_a_model_that_chats_from_its_folder(finetune_chat, run, monkeypatch, tmp_path):
     monkeypatch.setattr(finetune_chat, "TRAINING", 200)
     monkeypatch.setattr(finetune_chat, "HELD_OUT", 4)
     monkeypatch.setattr(sys, "argv", ["finetune_chat", "--output", str(tmp_path / "chat"), "--steps", "6"])
@@ -92,7 +98,7 @@ def test_finetune_chat_trains_a_model_that_chats_from_its_folder(run, monkeypatc
     assert " tokens in a state of " in output
 
 
-def test_dialogues_are_answered_rightly_and_right_is_letter_by_letter(model):
+def test_dialogues_are_answered_rightly_and_right_is_letter_by_letter(finetune_chat, model):
     rng = random.Random(0)
     for _ in range(30):
         *greeting, question, answer, other, last = (each["content"] for each in finetune_chat.make_dialogue(rng))

@@ -25,6 +25,7 @@ def run(*flags, folder):
     return result.stdout
 
 
+@pytest.mark.soak  # half a minute: among the oldest versions, which are those of the machine with a GPU
 @pytest.mark.oldest
 def test_a_dry_run_measures_every_kind_of_case_and_renders_it(tmp_path):
     text = run("--dry-run", folder=tmp_path)
