@@ -372,6 +372,16 @@ def test_windows_are_stretches_of_the_stream_and_reach_both_of_its_ends(length, 
     assert (inputs.min(), targets.max()) == (0, length - 1)
 
 
+@given(st.integers(2, 60), st.integers(1, 7), st.data())
+def test_windows_of_a_round_read_every_token(length, batch_size, data):
+    T = data.draw(st.integers(1, length - 1))
+    count = (length - 1) // T + 2
+    batches = windows(length, sequence_length=T, batch_size=batch_size)
+    read = torch.cat([next(batches)[1] for _ in range(-(-2 * count // batch_size))])  # targets
+    for number in range(2):
+        assert read[number * count : (number + 1) * count].unique().tolist() == [*range(1, length)]
+
+
 def test_batches_depend_on_the_seed_and_the_position_alone():
     first = [next(windows()) for _ in range(2)]
     assert torch.equal(*first)
