@@ -12,11 +12,15 @@ from .config import TrainConfig
 
 def make_optimizer(model: nn.Module, train: TrainConfig) -> Optimizer:
     """The optimizer that train.optimizer names. Each of its groups has its highest learning rate as "initial_lr"."""
-    groups = parameter_groups(model, train.weight_decay)
+    return optimizer_of(parameter_groups(model, train.weight_decay), hidden_matrices(model), train)
+
+
+def optimizer_of(groups: list[dict[str, Any]], matrices: set[nn.Parameter], train: TrainConfig) -> Optimizer:
+    """The same for groups of parameters, of which `matrices` are Muon's."""
     others = [group | {"lr": train.learning_rate, "initial_lr": train.learning_rate} for group in groups]
     if train.optimizer == "adamw":
         return AdamW(others, betas=train.betas, fused=True)
-    matrices, rate = hidden_matrices(model), train.muon_learning_rate
+    rate = train.muon_learning_rate
     hidden = [group | {"lr": rate, "initial_lr": rate} for group in groups]
     for groups, wanted in ((hidden, True), (others, False)):
         for group in groups:

@@ -58,7 +58,8 @@ class Family:
     """Models that differ in kind and width alone.
 
     positions: the longest sequence. heads: of attention. minrnn: further arguments of MinRNNConfig, max_timescale for
-    the cells that have a memory to set. transformer: of GPT2Config and LlamaConfig.
+    the cells that have a memory to set. transformer: of GPT2Config and LlamaConfig; initializer_range may be "width",
+    1 / sqrt(width).
     """
 
     vocabulary: int
@@ -73,6 +74,7 @@ class Family:
     def build(self, name: str, width: int) -> nn.Module:
         shared = {"vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, **NO_TOKENS}
         depth = {"hidden_size": width, "num_hidden_layers": self.layers}
+        start = {"initializer_range": width**-0.5} if self.transformer.get("initializer_range") == "width" else {}
         if name in CELL_TYPES:
             cell = CELL_TYPES[name]
             own = {name: value for name, value in self.minrnn.items()
@@ -86,22 +88,23 @@ class Family:
         if name == "Llama":
             config = LlamaConfig(
                 **shared, **depth, intermediate_size=3 * width, num_attention_heads=self.heads,
-                max_position_embeddings=self.positions, **self.transformer,
+                max_position_embeddings=self.positions, **self.transformer | start,
             )  # fmt: skip
             return Logits(LlamaForCausalLM._from_config(config, attn_implementation="sdpa"))
         if name == "GPT-2":
             config = GPT2Config(
                 **shared, n_embd=width, n_layer=self.layers, n_head=self.heads, n_positions=self.positions,
                 embd_pdrop=self.dropout, attn_pdrop=self.dropout, resid_pdrop=self.dropout,
-                **self.transformer,
+                **self.transformer | start,
             )  # fmt: skip
             return Logits(GPT2LMHeadModel._from_config(config, attn_implementation="sdpa"))
         raise ValueError(f"unknown contender {name!r}")
 
-    def of_equal_size(self, name: str, width: int) -> nn.Module:
-        """Of the width, a multiple of 4, with which its parameters come nearest to those of a minGRU of `width`."""
+    def of_equal_size(self, name: str, width: int, target: int | None = None) -> nn.Module:
+        """Of the width, a multiple of 4, with which its parameters come nearest to `target`, or those of a minGRU of
+        `width`."""
         with torch.device("meta"):
-            target = parameters(self.build("minGRU", width))
+            target = target or parameters(self.build("minGRU", width))
             steps = {"Llama": 2 * self.heads, "GPT-2": 2 * self.heads}  # rotary positions need an even head
             steps["LMU"] = 16  # its order at any width
             step = steps.get(name, 4)

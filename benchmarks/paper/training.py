@@ -31,7 +31,7 @@ def train(
     model: nn.Module,
     batches: Iterator[Iterable[Tensor]],
     steps: int,
-    learning_rate: float,
+    optimizer: torch.optim.Optimizer | float,
     *,
     groups: list[dict[str, Any]] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -39,18 +39,20 @@ def train(
     final_rate: float = 0.1,
     loss: Callable[..., Tensor] = mean_loss,
 ) -> Iterator[int]:
-    """Trains in place with AdamW and yields the number of each step after it, so that the caller may look or stop.
+    """Trains in place and yields the number of each step after it, so that the caller may look or stop.
 
     The learning rate rises over the fraction `warmup` of the steps and then goes down to `final_rate` of itself along
     a cosine; gradient norm clipped to 1; products as in `mixed_precision`.
 
-    groups: of parameters, with their weight decay; None: all, without.
+    optimizer: with the highest learning rates; or that of AdamW.
+    groups: of AdamW's parameters, with their weight decay; None: all, without.
     loss: of the model and the tensors of a batch.
     """
     if emulates_bf16():
         print(SLOW_BF16)
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(groups or parameters, learning_rate, betas=betas, weight_decay=0.0, fused=True)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = torch.optim.AdamW(groups or parameters, optimizer, betas=betas, weight_decay=0.0, fused=True)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(warmup * steps), steps, min_lr_rate=final_rate
     )
