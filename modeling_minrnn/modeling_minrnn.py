@@ -339,6 +339,8 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, with the custom code beside the weights for every Auto class of the model."""
         self.config.auto_map = dict(AUTO_MAP)
+        if isinstance(self, MinRNNForCausalLM):  # `transformers serve` asks for this class before it looks at its own
+            self.config.auto_map["AutoModelForDecision"] = AUTO_MAP["AutoModelForCausalLM"]
         super().save_pretrained(save_directory, **kwargs)
         # safetensors lets only the owner read its files; config.json follows the umask.
         for file in Path(save_directory).glob("*.safetensors"):

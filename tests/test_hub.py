@@ -43,6 +43,7 @@ NO_MODEL = {
     "__init__.py", "chunked_backward.py", "convert_mingru_pytorch.py", "export.py", "serve.py",
 }  # fmt: skip
 CODE = {path.name for path in PACKAGE.glob("*.py")} - NO_MODEL
+CAUSAL_MAP = AUTO_MAP | {"AutoModelForDecision": AUTO_MAP["AutoModelForCausalLM"]}
 PROMPT = "def main("
 
 
@@ -117,7 +118,7 @@ def test_a_saved_model_loads_without_the_package_and_saves_itself_again(tmp_path
     again = tmp_path / "again"
     for source, target, absent in ((folder, again, ()), (again, tmp_path / "third", ("numba", "triton"))):
         result = in_a_fresh_process(source, target, *absent)
-        assert result["classes"] == [path.split(".")[1] for _, path in sorted(AUTO_MAP.items())][1:]
+        assert result["classes"] == [path.split(".")[1] for _, path in sorted(CAUSAL_MAP.items())][1:]
         assert result["packages"] == ["transformers_modules"] and result["absent"] == []
         assert_close(torch.tensor(result["hidden"]), model.model(**ids).last_hidden_state.flatten())
         assert result["greedy"] == result["static"] == expected
@@ -125,7 +126,7 @@ def test_a_saved_model_loads_without_the_package_and_saves_itself_again(tmp_path
         assert {path.name for path in target.glob("*.py")} == CODE
         for name in CODE:
             assert (target / name).read_text() == (PACKAGE / name).read_text()
-        assert json.loads((target / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert json.loads((target / "config.json").read_text())["auto_map"] == CAUSAL_MAP
 
 
 def test_a_saved_model_of_any_class_holds_its_code_and_names_every_class(tmp_path):
@@ -134,7 +135,8 @@ def test_a_saved_model_of_any_class_holds_its_code_and_names_every_class(tmp_pat
         small_model(model_class=model_class).save_pretrained(folder)
         assert {path.name for path in folder.glob("*.py")} == CODE
         config = json.loads((folder / "config.json").read_text())
-        assert config["auto_map"] == AUTO_MAP and config["architectures"] == [model_class.__name__]
+        auto_map = CAUSAL_MAP if model_class is MinRNNForCausalLM else AUTO_MAP
+        assert config["auto_map"] == auto_map and config["architectures"] == [model_class.__name__]
 
 
 def test_the_code_of_a_saved_model_runs_beside_the_package(tmp_path):

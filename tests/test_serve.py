@@ -30,18 +30,17 @@ def model():
 
 
 class Server:
-    """A process that serves the model of a folder."""
+    """A process that serves the model of a folder, by this package's server or another."""
 
-    def __init__(self, folder, *options):
+    def __init__(self, folder, *options, program=(sys.executable, "-m", "modeling_minrnn.serve"), **environment):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "modeling_minrnn.serve", folder, "--host", "127.0.0.1", "--port", str(port)]
+        command = [*program, folder, "--host", "127.0.0.1", "--port", str(port)]
         self.log, self.url = Path(folder).parent / f"log-{port}", f"http://127.0.0.1:{port}"
         with self.log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, *options], stdout=output, stderr=output, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+            self.process = subprocess.Popen([*command, *options], stdout=output, stderr=output, env=environment)
         while not answers(self.url + "/health"):
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.1)
@@ -108,6 +107,20 @@ def test_transformers_chat_talks_to_the_server(server, model):
     )
     assert process.returncode == 0, process.stderr
     assert continuation(model, "user: hi<eos>assistant: ", TOKENS) in process.stdout
+
+
+def test_transformers_serve_runs_the_code_beside_the_weights(tmp_path):
+    model = printable_model()
+    model.config.scan_backend = "torch"  # the kernels of numba would be compiled anew for the code in the folder
+    folder = save(model, tmp_path / "model")
+    program = [Path(sys.executable).parent / "transformers", "serve"]
+    flags = ["--trust-remote-code", "--continuous-batching"]
+    server = Server(folder, *flags, program=program, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    settings = {"model": folder, "prompt": "def main", "max_tokens": TOKENS, "temperature": 0}
+    assert client.completions.create(**settings).choices[0].text == continuation(model, "def main", TOKENS)
+    assert "CB: True" in server.log.read_text()
+    server.end()
 
 
 # ---- Many clients
