@@ -33,6 +33,38 @@ class Logits(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(tokens, use_cache=False).logits
 
+    def step_by_step(self, tokens: Tensor) -> Tensor:
+        """The same, one token at a time from the cache."""
+        cache, logits = None, []
+        for token in tokens.split(1, 1):
+            output = self.model(token, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+        return torch.cat(logits, 1)
+
+
+class Scans(nn.Module):
+    """Embedding, the MinGRUStack of mingru-scans, output layer. options: of its mixer; `layers` of its blocks."""
+
+    def __init__(self, vocabulary: int, width: int, layers: int, mixer: str, **options: Any):
+        super().__init__()
+        from mingru import MinGRUStack
+
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.stack = MinGRUStack(width, width, layers, mixer=mixer, mixer_kwargs=options or None)
+        self.output = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.output(self.stack(self.embedding(tokens))[0])
+
+    def step_by_step(self, tokens: Tensor) -> Tensor:
+        """The same by the step of its layers."""
+        state, logits = self.stack.init_state(), []
+        for token in tokens.unbind(1):
+            hidden, state = self.stack.step(self.embedding(token), state)
+            logits.append(self.output(hidden))
+        return torch.stack(logits, 1)
+
 
 class FusedMamba(Logits):
     def forward(self, tokens: Tensor) -> Tensor:

@@ -361,7 +361,8 @@ def cell_runs(sweep: bool) -> dict[tuple, list[Row]]:
     """Of each cell and experiment, in the order of the cells."""
     found = rows("paper_cells", "experiment", "contender", "sweep", "seed", *(["learning_rate"] if sweep else []))
     order = list(cells.CONTENDERS)
-    own = sorted((row for row in found if row["sweep"] == sweep), key=lambda row: order.index(row["contender"]))
+    own = [row for row in found if row["sweep"] == sweep and row["experiment"] in CELL_FIGURES]
+    own.sort(key=lambda row: order.index(row["contender"]))
     return grouped(own, "contender", "experiment")
 
 
