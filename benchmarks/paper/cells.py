@@ -57,7 +57,7 @@ from training.tasks import load_task
 from training.tokenizers import load_tokenizer
 
 STEPS = {
-    "parity": 1000, "majority": 500, "recall": 600, "selective_copying": 400, "shakespeare": 300, "s3": 400, "s5": 600,
+    "parity": 1000, "majority": 500, "recall": 600, "selective_copying": 400, "shakespeare": 300, "s3": 700, "s5": 700,
     "mqar": 600,
 }  # fmt: skip
 SWEEP_STEPS = {
@@ -110,10 +110,11 @@ GOOD_FOR = {
     "LMU": "signals over a known window: nothing of the memory is learned",
 }
 
+NEVER_FORGETS = {"num_heads": 2, "max_timescale": 1e5}  # at the start
 # By experiment: arguments of MinRNNConfig, or of Scans where there is a mixer.
 BEYOND: dict[str, dict[str, dict[str, Any]]] = {
     "s3": {
-        "gated DeltaNet, 2 keys": {"cell_type": "gated_delta", "num_heads": 4, "householder_steps": 2},
+        "gated DeltaNet, 2 keys": {"cell_type": "gated_delta", "householder_steps": 2} | NEVER_FORGETS,
         "signed minGRU": {"cell_type": "mingru_signed"},
         "mingru-scans, signed": {"mixer": "signed"},
         "mingru-scans, rotation": {"mixer": "rotation"},
@@ -121,7 +122,7 @@ BEYOND: dict[str, dict[str, dict[str, Any]]] = {
         "mingru-scans, delta, 2 keys": {"mixer": "delta", "nh": 2},
     },
     "s5": {
-        "gated DeltaNet, 4 keys": {"cell_type": "gated_delta", "num_heads": 4, "householder_steps": 4},
+        "gated DeltaNet, 4 keys": {"cell_type": "gated_delta", "householder_steps": 4} | NEVER_FORGETS,
         "mingru-scans, givens": {"mixer": "givens"},
         "mingru-scans, delta, 4 keys": {"mixer": "delta", "nh": 4},
     },
