@@ -58,11 +58,11 @@ from training.tokenizers import load_tokenizer
 
 STEPS = {
     "parity": 1000, "majority": 500, "recall": 600, "selective_copying": 400, "shakespeare": 300, "s3": 700, "s5": 700,
-    "mqar": 600,
+    "mqar": 300,
 }  # fmt: skip
 SWEEP_STEPS = {
     "parity": 200, "majority": 200, "recall": 300, "selective_copying": 300, "shakespeare": 300, "s3": 250, "s5": 250,
-    "mqar": 200,
+    "mqar": 100,
 }  # fmt: skip
 RATES = dict.fromkeys(STEPS, (1e-2, 3e-3, 3e-2)) | {"shakespeare": (8e-3, 4e-3, 1.6e-2)}  # of equals, the first
 SWEEP_SEED = 100

@@ -12,7 +12,7 @@ text     bytes of Python's standard library. loss: nats a byte of held-out text 
          are not.
 passkey  a 5-digit key anywhere in a text of random letters, asked for at its end; trained on lengths up to
          TRAINED_LENGTH. accuracy: all five digits right, by length, for minGRU with states of 1, 2 and 4 times the
-         width as well.
+         width as well, and for minLSTM with memories of up to the longest text at the start.
 recall   PAIRS pairs of a letter and a digit, then each letter once more: its digit is to follow (associative recall).
          accuracy: digits, by the number of pairs, of which training has seen up to TRAINED_PAIRS.
 
@@ -57,14 +57,16 @@ LETTERS, DIGITS, QUESTION = range(ord("a"), ord("z") + 1), range(ord("0"), ord("
 
 
 def contenders(experiment: str) -> dict[str, Callable[[], nn.Module]]:
-    def build(name: str, state: float = 1) -> nn.Module:
-        family = Family(VOCABULARY, LAYERS, LENGTHS[-1], heads=4,
-                        minrnn={"max_timescale": TRAINED_LENGTH, "expansion_factor": state})  # fmt: skip
-        return family.of_equal_size(name, WIDTH)
+    def family(state: float = 1, memory: float = TRAINED_LENGTH) -> Family:
+        minrnn = {"max_timescale": memory, "expansion_factor": state}
+        return Family(VOCABULARY, LAYERS, LENGTHS[-1], heads=4, minrnn=minrnn)
 
-    models = {name: partial(build, name) for name in LEARNING_RATES}
+    models = {name: partial(family().of_equal_size, name, WIDTH) for name in LEARNING_RATES}
     if experiment != "text":
-        models |= {f"minGRU, state x{factor}": partial(build, "minGRU", factor) for factor in (2, 4)}
+        models |= {f"minGRU, state x{factor}": partial(family(factor).build, "minGRU", WIDTH) for factor in (2, 4)}
+        # 48 wide it has the parameters of the first; of so many tokens is a memory that spans the longest passkeys.
+        models["minGRU, 48 wide, state x4"] = partial(family(4).build, "minGRU", 48)
+        models["minLSTM, memory 4096"] = partial(family(memory=LENGTHS[-1]).of_equal_size, "minLSTM", WIDTH)
     return models
 
 

@@ -407,6 +407,38 @@ def signed_parity() -> str:
     return table(["worst seed, %", "seeds", *(f"{n} tokens" for n in cells.LENGTHS), "the last of 1024"], lines)
 
 
+WORDS_AND_KEYS = {  # by experiment, the accuracies that are shown; the last is to be 99 %
+    "s3": {"64 tokens": "accuracy_64", "1024 tokens": "accuracy_1024"},
+    "s5": {"64 tokens": "accuracy_64", "128 tokens": "accuracy_128"},
+    "mqar": {"16 pairs": "accuracy"},
+}
+
+
+def words_and_keys() -> str:
+    found = rows("paper_cells", "experiment", "contender", "sweep", "seed", "learning_rate")
+    lines = []
+    for experiment, accuracies in WORDS_AND_KEYS.items():
+        own = [row for row in found if row["experiment"] == experiment]
+        for (name,), runs in grouped([row for row in own if not row["sweep"]], "contender").items():
+            tried = sum(row["sweep"] and row["contender"] == name for row in own) or 1
+            shown = [f"{spread([row[value] for row in runs])} at {where}" for where, value in accuracies.items()]
+            reached = sum(row[value] >= 0.99 for row in runs for value in list(accuracies.values())[-1:])
+            lines.append(
+                (
+                    experiment.upper(),
+                    name,
+                    f"{runs[0]['parameters']:,}",
+                    f"{runs[0]['steps']:,}; {runs[0]['learning_rate']:g} of {tried}",
+                    "; ".join(shown),
+                    f"{reached} of {len(runs)}",
+                    f"{1e3 * mean(row['training_seconds'] / row['steps'] for row in runs):.0f}",
+                    f"{max(row['step_error'] for row in runs):.0e}",
+                )
+            )
+    columns = "layers", "parameters", "steps; rate", "accuracy, %", "seeds past 99 %", "ms a step", "step error"
+    return table(["", *columns], lines)
+
+
 SWEPT = ("preset", "cell_type", "steps", "batch_size", "warmup_steps", "max_timescale", "initializer_range")
 
 
@@ -549,6 +581,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "signed parity": signed_parity,
         "which cell": which_cell,
         "cell settings": cell_settings,
+        "words and keys": words_and_keys,
         "presets": presets,
         "small shakespeare": small_shakespeare,
     },

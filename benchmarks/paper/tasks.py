@@ -1,8 +1,8 @@
 """Selective copying and the Chomsky hierarchy (arXiv 2410.01201, tables 1, 2 and 6), scaled down to one CPU thread.
 
 The tasks of training/tasks.py in the settings of configs/paper/, which train.py runs too, for models of equal size
-(benchmarks/paper/models.py): minGRU, minLSTM, the signed minGRU, gated DeltaNet, nn.GRU, nn.LSTM, Mamba and Llama,
-trained as benchmarks/paper/training.py does. A row is one training run:
+(benchmarks/paper/models.py): minGRU and the other cells, nn.GRU, nn.LSTM, Mamba and Llama, trained as
+benchmarks/paper/training.py does. A row is one training run:
 
 accuracy: tokens of held-out answers predicted, on average over the held-out lengths, at the last step.
 steps_to_99: the first evaluation, of one every 250 steps, with an accuracy of at least 99 %; null if there was none.
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Report, parser
-from benchmarks.paper.models import Family, parameters
+from benchmarks.paper.models import CELL_TYPES, Family, parameters
 from benchmarks.paper.training import mixed_precision, train
 from training.config import RunConfig, load_config
 from training.data import IGNORED
 from training.tasks import TASKS, HeldOutQuestions, TaskBatches, load_task
 
-CONTENDERS = ("minGRU", "minLSTM", "signed minGRU", "gated DeltaNet", "nn.GRU", "nn.LSTM", "Mamba", "Llama")
+CONTENDERS = (*CELL_TYPES, "nn.GRU", "nn.LSTM", "Mamba", "Llama")
 INITIALISATION = ("max_timescale", "initializer_range")
 OF_THE_FAMILY = ("cell_type", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
 EVALUATE_EVERY_STEPS = 250
