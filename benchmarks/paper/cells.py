@@ -57,7 +57,7 @@ from training.tasks import load_task
 from training.tokenizers import load_tokenizer
 
 STEPS = {
-    "parity": 1000, "majority": 500, "recall": 600, "selective_copying": 400, "shakespeare": 300, "s3": 700, "s5": 700,
+    "parity": 1000, "majority": 500, "recall": 600, "selective_copying": 400, "shakespeare": 300, "s3": 800, "s5": 800,
     "mqar": 300,
 }  # fmt: skip
 SWEEP_STEPS = {
@@ -79,7 +79,7 @@ MEASURED = {  # what a rate is chosen by
 TRAINED_LENGTH, LENGTHS, ASKED = 64, (64, 256, 1024), 64
 COPIED_FROM = 64
 FIRST_LENGTHS, FIRST_STEPS = (8, 16), 100  # of words, before those of TRAINED_LENGTH: so many steps of each
-WORD_TOKENS = 1024  # of a batch
+WORD_TOKENS = 512  # of a batch
 KEYS, PAIRS = 64, 16
 STATE_STEP = 16  # of state widths; memory_order of "lmu" divides it
 
@@ -110,7 +110,7 @@ GOOD_FOR = {
     "LMU": "signals over a known window: nothing of the memory is learned",
 }
 
-NEVER_FORGETS = {"num_heads": 2, "max_timescale": 1e5}  # at the start
+NEVER_FORGETS = {"num_heads": 8, "max_timescale": 1e5}  # at the start
 # By experiment: arguments of MinRNNConfig, or of Scans where there is a mixer.
 BEYOND: dict[str, dict[str, dict[str, Any]]] = {
     "s3": {

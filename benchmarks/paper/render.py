@@ -415,11 +415,12 @@ WORDS_AND_KEYS = {  # by experiment, the accuracies that are shown; the last is 
 
 
 def words_and_keys() -> str:
-    found = rows("paper_cells", "experiment", "contender", "sweep", "seed", "learning_rate")
+    found = rows("paper_cells", "experiment", "contender", "sweep", "seed", "learning_rate", "steps")
     lines = []
     for experiment, accuracies in WORDS_AND_KEYS.items():
         own = [row for row in found if row["experiment"] == experiment]
-        for (name,), runs in grouped([row for row in own if not row["sweep"]], "contender").items():
+        reported = [row for row in own if not row["sweep"]]
+        for (name, rate, steps), runs in grouped(reported, "contender", "learning_rate", "steps").items():
             tried = sum(row["sweep"] and row["contender"] == name for row in own) or 1
             shown = [f"{spread([row[value] for row in runs])} at {where}" for where, value in accuracies.items()]
             reached = sum(row[value] >= 0.99 for row in runs for value in list(accuracies.values())[-1:])
@@ -428,7 +429,7 @@ def words_and_keys() -> str:
                     experiment.upper(),
                     name,
                     f"{runs[0]['parameters']:,}",
-                    f"{runs[0]['steps']:,}; {runs[0]['learning_rate']:g} of {tried}",
+                    f"{steps:,}; {rate:g} of {tried}",
                     "; ".join(shown),
                     f"{reached} of {len(runs)}",
                     f"{1e3 * mean(row['training_seconds'] / row['steps'] for row in runs):.0f}",
