@@ -9,7 +9,7 @@ of prompts in turn, so that neither waits for the other. Needs transformers 5.23
 import copy
 import queue
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -30,12 +30,15 @@ try:
 except ImportError as error:
     raise ImportError("continuous batching needs transformers 5.23") from error
 
-from .modeling_minrnn import NO_LOGITS
-from .prefix_store import Digest, PrefixStore, next_border
+from .prefix_store import Digest, PrefixStore, cache_of, next_border
 
-CHUNK_TOKENS = 512  # of a prompt at a time: more is hardly faster, and others wait for their turn meanwhile
+CHUNK_TOKENS = 512  # of prompts at a time: more is hardly faster, and others wait for their turn meanwhile
 READERS = 2  # where many prompts wait, a step for more rows is worth more than the next step for few
-OWN_ARGUMENTS = {"do_sample": bool, "seed": int}  # of a request, beside those of the logits processors
+# Of a request, beside those of the logits processors.
+OWN_ARGUMENTS = {
+    "do_sample": bool, "seed": int, "num_return_sequences": int, "top_logprobs": int,
+    "presence_penalty": float, "frequency_penalty": float,
+}  # fmt: skip
 
 
 class NoPages:
@@ -67,11 +70,20 @@ class Row:
 
     state: RequestState
     generator: torch.Generator | None  # of a request with a seed
+    copies: list["Row"] = field(default_factory=list)  # which begin from the same prompt, read once
     digest: Digest = field(default_factory=Digest)  # of the tokens read
     cache: DynamicCache | None = None  # while its prompt is read
     logits: Tensor | None = None  # (1, V) after the prompt
     error: Exception | None = None  # that a reader met
     has_new_token: bool = True  # which logits processors ask
+
+    def chunk(self) -> list[int]:
+        """What of the prompt is read next."""
+        start = self.digest.length
+        return self.state.initial_tokens[start : min(start + CHUNK_TOKENS, next_border(start))]
+
+    def is_read(self) -> bool:
+        return self.error is not None or self.digest.length == len(self.state.initial_tokens)
 
     def is_sampled(self, default: bool) -> bool:
         return self.state.logit_processor_kwargs.get("do_sample", default)
@@ -143,7 +155,7 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
         if hard_stopping:
             return False
         for state in self.scheduler.clear_cancelled_requests():
-            self.output_router.fail_and_deliver(state, RuntimeError("the request was cancelled"))
+            self._fail(state, RuntimeError("the request was cancelled"))
         self._admit()
         self._drop_rows()
         self._collect_rows()
@@ -155,16 +167,11 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
             state = scheduler.waiting_requests.pop(scheduler.waiting_requests_order.popleft(), None)
             reason = state and self._reason_to_refuse(state)
             if reason:
-                self._handle_request_error(ValueError(reason), state)
+                self._fail(state, ValueError(reason))
             elif state:
-                self._admit_children(state)
-                scheduler.active_requests[state.request_id] = state
-                state.status = RequestStatus.PREFILLING
-                state.remaining_prefill_tokens = []  # `position_offset` tells what is left: no copies of a long list
-                seed, generator = state.logit_processor_kwargs.get("seed"), None
-                if seed is not None:
-                    generator = torch.Generator(self.model.device).manual_seed(seed)
-                self._unread.put(Row(state, generator))
+                row, *copies = [self._start(each, number) for number, each in enumerate(_sequences(state))]
+                row.copies = copies
+                self._unread.put(row)
         if scheduler.active_requests and not self._readers:
             self._readers = [
                 threading.Thread(target=self._read_prompts, args=(lock,), daemon=True) for lock in self._chunk_locks
@@ -172,13 +179,19 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
             for reader in self._readers:
                 reader.start()
 
-    def _admit_children(self, state: RequestState) -> None:
-        """The other sequences of num_return_sequences, as requests of their own that come next."""
-        for i in reversed(range(state.num_children)):
-            child = state.create_equivalent_initial_request()
-            child.request_id, child.num_children = f"{state.request_id}__child#{i}", 0
-            self.scheduler.waiting_requests[child.request_id] = child
-            self.scheduler.waiting_requests_order.appendleft(child.request_id)
+    def _start(self, state: RequestState, number: int) -> Row:
+        """A row for one of the sequences of a request. With a seed, this and the number is that of its draws."""
+        self.scheduler.active_requests[state.request_id] = state
+        state.status = RequestStatus.PREFILLING
+        state.remaining_prefill_tokens = []  # `position_offset` tells what is left: no copies of a long list
+        seed, generator = state.logit_processor_kwargs.get("seed"), None
+        if seed is not None:
+            generator = torch.Generator(self.model.device).manual_seed(seed + number)
+        return Row(state, generator)
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        for each in _sequences(state) if state.status == RequestStatus.PENDING else [state]:
+            self.output_router.fail_and_deliver(each, error)
 
     def _reason_to_refuse(self, state: RequestState) -> str | None:
         tokens, vocab_size = state.initial_tokens, self.model.config.vocab_size
@@ -189,6 +202,11 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
                 return f"token id {token} is not in the vocabulary: ids must be in 0..{vocab_size - 1}"
         if state.max_new_tokens is not None and state.max_new_tokens < 1:
             return f"max_new_tokens must be at least 1, not {state.max_new_tokens}"
+        sequences, top_logprobs = _num_sequences(state), state.logit_processor_kwargs.get("top_logprobs", 0)
+        if not 1 <= sequences <= self.slots:
+            return f"num_return_sequences must be in 1..{self.slots}, not {sequences}"
+        if not 0 <= top_logprobs <= vocab_size:
+            return f"top_logprobs must be in 0..{vocab_size}, not {top_logprobs}"
         if state.request_id in self.scheduler.active_requests:
             return f"another request with the id {state.request_id} is running"
         return None
@@ -206,14 +224,15 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
     def _collect_rows(self) -> None:
         """From the readers."""
         while not self._read.empty():
-            row = self._read.get()
-            if not self._is_active(row):
-                continue
-            if row.error is None:
-                self.new_rows.append(row)
-            else:
-                self._handle_request_error(row.error, row.state)
-                self.scheduler.finish_request(row.state.request_id)
+            read = self._read.get()
+            for row in filter(self._is_active, [read, *read.copies]):
+                if read.error is None:
+                    row.cache, row.logits, row.digest = read.cache, read.logits, read.digest.copy()
+                    row.state.position_offset = row.digest.length
+                    self.new_rows.append(row)
+                else:
+                    self._fail(row.state, read.error)
+                    self.scheduler.finish_request(row.state.request_id)
 
     @torch.no_grad()
     def _generation_step(self, model: nn.Module) -> None:
@@ -236,15 +255,27 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
         caches = [row.cache for row in new if row.cache is not None]
         if not self.rows:
             self.cache = caches.pop(0)
-        for layer, *others in zip(self.cache.layers, *(cache.layers for cache in caches)):
-            layer.append_rows(others)
+        append_rows(self.cache, caches)
         for row in new:
             row.cache = row.logits = None
+            row.copies = []
             row.state.status = RequestStatus.DECODING
         self.rows += new
 
-    def _choose(self, logits: Tensor) -> tuple[list[int], list[float | None]]:
-        """A token for each row of (B, V), and its log-probability where they are asked for."""
+    def _choose(self, logits: Tensor) -> tuple[list[int], list]:
+        """A token for each row of (B, V), and its log-probability where they are asked for; for `top_logprobs` pairs
+        of this token and of the likeliest ones with what the model gives them, before penalties and sampling."""
+        own = [row.state.logit_processor_kwargs for row in self.rows]
+        wanted = {i: each["top_logprobs"] for i, each in enumerate(own) if "top_logprobs" in each}
+        unchanged = logits[list(wanted)].log_softmax(-1) if wanted else logits
+        for i, each in enumerate(own):
+            presence, frequency = each.get("presence_penalty", 0.0), each.get("frequency_penalty", 0.0)
+            if (
+                presence or frequency
+            ):  # of the tokens that were written, not those of the prompt, as OpenAI defines them
+                written = torch.tensor(self.rows[i].state.generated_tokens, dtype=torch.long, device=logits.device)
+                tokens, counts = written.unique(return_counts=True)
+                logits[i, tokens] -= presence + frequency * counts
         sampled = [i for i, row in enumerate(self.rows) if row.is_sampled(self.do_sample)]
         greedy = sorted(set(range(len(self.rows))) - set(sampled))
         scores = logits
@@ -260,9 +291,12 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
                 chosen[unseeded] = torch.multinomial(probabilities[unseeded], 1)[:, 0]
             for i in set(sampled) - set(unseeded):  # as `generate` draws after torch.manual_seed
                 chosen[i] = torch.multinomial(probabilities[i : i + 1], 1, generator=self.rows[i].generator)[0, 0]
-        logprobs: list[float | None] = [None] * len(self.rows)
+        logprobs: list = [None] * len(self.rows)
         if self.cb_config.return_logprobs:
             logprobs = probabilities.gather(1, chosen[:, None])[:, 0].log().tolist()
+        for row_logprobs, (i, k) in zip(unchanged, wanted.items()):
+            ids = [int(chosen[i]), *row_logprobs.topk(k).indices.tolist()]
+            logprobs[i] = list(zip(ids, row_logprobs[ids].tolist()))
         return chosen.tolist(), logprobs
 
     def _process(self, processors: ContinuousBatchingLogitsProcessorList, rows: list[int], scores: Tensor) -> Tensor:
@@ -299,7 +333,7 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
             reader.join()
         waiting = list(self.scheduler.waiting_requests.values())
         for state in [*self.scheduler.active_requests.values(), *waiting]:
-            self._handle_request_error(error, state)
+            self._fail(state, error)
         self.reset()
         self.prefixes.flush()
 
@@ -314,44 +348,101 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
             row = self._unread.get()
             if threading.current_thread() not in self._readers:
                 return
-            if row is None or not self._is_active(row):
+            if row is None:
                 continue
+            rows = [row]
             try:
                 with lock:
-                    is_read = self._read_chunk(row)
-            except Exception as error:  # of this request alone
-                row.error, is_read = error, True
-            (self._read if is_read else self._unread).put(row)  # behind the others: prompts take turns
-            if is_read:
+                    rows = self._alike(row)
+                    if rows:
+                        self._read_chunks(rows)
+            except Exception as error:  # of these requests alone
+                for row in rows:
+                    row.error = error
+            for row in rows:
+                (self._read if row.is_read() else self._unread).put(row)  # behind the others: prompts take turns
+            if any(row.is_read() for row in rows):
                 self.manager._wake_up_loop.set()
 
-    def _read_chunk(self, row: Row) -> bool:
-        """Whether that was the end of the prompt."""
-        tokens = row.state.initial_tokens
-        if row.cache is None:
-            row.cache, row.digest = self.prefixes.find(tokens)
-        start = row.digest.length
-        stop = min(len(tokens), start + CHUNK_TOKENS, next_border(start))
-        is_read = stop == len(tokens)
-        ids = torch.tensor([tokens[start:stop]], device=self.model.device)
-        kept = 1 if is_read else NO_LOGITS
-        outputs = self.model(ids, past_key_values=row.cache, use_cache=True, logits_to_keep=kept)
-        row.digest.update(tokens[start:stop])
-        row.state.position_offset = stop
+    def _alike(self, first: Row) -> list[Row]:
+        """The row and others that wait with about as much to read next: little padding, within CHUNK_TOKENS."""
+        waiting: list[Row | None] = [first]
+        with suppress(queue.Empty):
+            while True:
+                waiting.append(self._unread.get_nowait())
+        rows: list[Row] = []
+        least = most = 0
+        for row in waiting:
+            if row is None or (len(rows) + 1) * most > CHUNK_TOKENS:
+                self._unread.put(row)
+            elif any(map(self._is_active, [row, *row.copies])):
+                if row.cache is None:
+                    row.cache, row.digest = self.prefixes.find(row.state.initial_tokens)
+                length = len(row.chunk())
+                shortest, longest = min(least or length, length), max(most, length)
+                fits = 4 * shortest >= 3 * longest and (len(rows) + 1) * longest <= CHUNK_TOKENS
+                # The state at the start is the model's, not one of the cache.
+                if not rows or (fits and bool(row.digest.length) == bool(rows[0].digest.length)):
+                    rows.append(row)
+                    least, most = shortest, longest
+                else:
+                    self._unread.put(row)
+        return rows
+
+    def _read_chunks(self, rows: list[Row]) -> None:
+        """A chunk of each prompt in one pass; the shorter ones end in padding."""
+        chunks = [row.chunk() for row in rows]
+        lengths = torch.tensor([len(chunk) for chunk in chunks], device=self.model.device)
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(chunk) for chunk in chunks], batch_first=True).to(lengths.device)
+        cache, *others = [row.cache for row in rows if row.cache is not None]
+        if rows[0].digest.length:
+            append_rows(cache, others)
+        for row, chunk in zip(rows, chunks):
+            row.digest.update(chunk)
+            row.state.position_offset = row.digest.length
+        ends = [len(chunk) - 1 for row, chunk in zip(rows, chunks) if row.is_read()]
+        logits = self.model(
+            ids,
+            attention_mask=torch.arange(ids.shape[1], device=lengths.device) < lengths[:, None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor(ends, dtype=torch.long, device=lengths.device),
+        ).logits
         with self._count_lock:
-            self.read_tokens += stop - start
-        if is_read:
-            row.logits = outputs.logits[:, -1]
-        if stop == next_border(start):
-            self.prefixes.put(row.digest, row.cache)
-        return is_read
+            self.read_tokens += sum(map(len, chunks))
+        for i, row in enumerate(rows):
+            if len(rows) > 1:
+                row.cache = cache_of(
+                    self.model, [(x.keys[i : i + 1], x.values[i : i + 1]) for x in cache.layers], row.digest.length
+                )
+            if row.is_read():
+                row.logits = logits[i : i + 1, ends.index(len(chunks[i]) - 1)]
+            if next_border(row.digest.length - 1) == row.digest.length:
+                self.prefixes.put(row.digest, row.cache)
+
+
+def _num_sequences(state: RequestState) -> int:
+    return state.logit_processor_kwargs.get("num_return_sequences", state.num_children + 1)
+
+
+def _sequences(state: RequestState) -> list[RequestState]:
+    """The request and, for the other sequences of num_return_sequences, requests like it."""
+    copies = [state.create_equivalent_initial_request() for _ in range(_num_sequences(state) - 1)]
+    for i, copied in enumerate(copies):
+        copied.request_id = f"{state.request_id}__child#{i}"
+    return [state, *copies]
+
+
+def append_rows(cache: DynamicCache, others: list[DynamicCache]) -> None:
+    for layer, *more in zip(cache.layers, *(other.layers for other in others)):
+        layer.append_rows(more)
 
 
 class RowBatchingManager(continuous_api.ContinuousBatchingManager):
     """transformers' manager, with rows of states for requests.
 
-    A request may bring do_sample and seed in `add_request`, and with `per_request_processors` temperature, top_k and
-    top_p where the generation configuration has them. Its tokens are those that `generate` gives it alone, up to ties
+    A request may bring OWN_ARGUMENTS in `add_request`, and with `per_request_processors` temperature, top_k and top_p
+    where the generation configuration has them. Its tokens are those that `generate` gives it alone, up to ties
     of logits within rounding: a product over more rows adds in another order.
 
     Raises ValueError for a configuration whose tokens would not be those of `generate`.

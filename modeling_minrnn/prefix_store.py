@@ -203,20 +203,22 @@ class PrefixStore:
                 return None
             entry.layers = [(self._copy(layer.keys), self._copy(layer.values)) for layer in cache.layers]
             return cache
-        return self._cache_of(entry, digest.length)
-
-    def _cache_of(self, entry: Entry, length: int) -> DynamicCache:
-        cache = DynamicCache(config=self.model.config)
-        for i, (state, window) in enumerate(entry.layers or ()):
-            cache.update(state.to(self.model.device), window.to(self.model.device), i, num_tokens=length)
-        return cache
+        return cache_of(self.model, entry.layers, digest.length)
 
     def _write(self, name: str, entry: Entry) -> None:
         try:
-            cache = self._cache_of(entry, _length(name))
+            cache = cache_of(self.model, entry.layers or [], _length(name))
             save_state(cache, self._path(name), self.model, overwrite=True, known_hash=self._hash)
         except OSError as error:
             logger.warning_once(f"states are not kept in {self._folder}: {error}")
+
+
+def cache_of(model: MinRNNPreTrainedModel, layers: Sequence[tuple[Tensor, Tensor]], length: int) -> DynamicCache:
+    """A cache that has read so many tokens, of a (state, window) for each layer."""
+    cache = DynamicCache(config=model.config)
+    for i, (state, window) in enumerate(layers):
+        cache.update(state.to(model.device), window.to(model.device), i, num_tokens=length)
+    return cache
 
 
 def _length(name: str) -> int:

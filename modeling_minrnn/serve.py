@@ -40,12 +40,12 @@ DRAIN_SECONDS = 5  # from SIGTERM to the end of requests that are still running
 LONG_TEXT = 20_000  # characters, from which on a tokenizer takes longer than a few steps
 MAX_BODY_BYTES = 64 * 2**20
 SWITCH_SECONDS = 5e-4  # between Python threads: by default one waits 5 ms for another, longer than a step takes
-INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+INTEGERS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n")
+# A temperature near 0 would make infinities of the logits, for all who share the step.
+RANGES = {"temperature": (1e-3, 2), "top_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
 # Fields that would change the answer and do not, with the values that ask for no change.
 NOT_OBEYED: dict[str, tuple] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False, 0), "top_logprobs": (0,),
-    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
+    "best_of": (1,), "echo": (False,), "logit_bias": ({},), "response_format": ({"type": "text"},),
 }  # fmt: skip
 
 
@@ -65,8 +65,7 @@ class CheckedHandler(utils.BaseHandler):
             value = body.get(name)
             if value is not None and (type(value) is not int or value < 1):
                 refuse(400, f"{name} must be a whole number, at least 1, not {value!r}")
-        # A temperature near 0 would make infinities of the logits, for all who share the step.
-        for name, least, most in (("temperature", 1e-3, 2), ("top_p", 0, 1)):
+        for name, (least, most) in RANGES.items():
             value = body.get(name)
             if value is not None and not (type(value) in (int, float) and (value == 0 or least <= value <= most)):
                 refuse(400, f"{name} must be 0 or a number in {least}..{most}, not {value!r}")
@@ -85,54 +84,141 @@ class CheckedHandler(utils.BaseHandler):
         for name, neutral in NOT_OBEYED.items():
             if body.get(name) is not None and body[name] not in neutral:
                 refuse(400, f"{name} is not obeyed with continuous batching: leave it out")
+        if self._top_logprobs(body) is not None or (body.get("n") or 1) > 1:
+            for name in ("stream", "stop"):
+                if body.get(name):
+                    refuse(400, f"n and logprobs are not obeyed with {name}: leave one out")
+
+    def _top_logprobs(self, body: dict) -> int | None:
+        """How many likeliest tokens are wanted beside each; None for no log-probabilities."""
+        raise NotImplementedError
 
     def _build_generation_config(self, body: dict, *args, **kwargs):
         # Taken out, as transformers would seed the generator that all requests share.
         config = super()._build_generation_config(body | {"seed": None}, *args, **kwargs)
-        config.seed = body.get("seed")
+        own = {name: body.get(name) for name in ("seed", "presence_penalty", "frequency_penalty")}
+        own |= {"top_logprobs": self._top_logprobs(body), "num_return_sequences": body.get("n")}
+        config.own = {name: value for name, value in own.items() if value is not None}
+        config.results = None  # of a request that is not streamed, once it has begun
         if body.get("temperature") is not None:
             config.do_sample = body["temperature"] > 0
         return config
 
+    async def handle_request(self, body: dict, request_id: str):
+        try:
+            return await super().handle_request(body, request_id)
+        except LongText as text:  # read in a thread: all streams would wait for it
+            self._inputs.set(await asyncio.to_thread(text.read))
+            return await super().handle_request(body, request_id)
 
-class ChatCompletionHandler(CheckedHandler, chat_completion.ChatCompletionHandler):
-    """/v1/chat/completions"""
+    _inputs: ContextVar[dict | None] = ContextVar("inputs", default=None)
+
+    def _resolve_model(self, body: dict) -> tuple:
+        # The only one. transformers starts a thread at each request, which would unload it if no other came.
+        model_id = self.model_manager.process_model_name(self.model_manager.force_model)
+        loaded = self.model_manager.loaded_models[model_id]
+        return model_id, loaded.model, Tokenizer(loaded.processor, self._inputs.get())
 
 
-class ResponseHandler(CheckedHandler, response.ResponseHandler):
-    """/v1/responses"""
+class LongText(Exception):
+    """A text that takes longer to tokenise than a few steps."""
+
+    def __init__(self, read):
+        self.read = read
 
 
-class Tokenized:
-    """A tokenizer that has read the text of a request, and gives what it read."""
+class Tokenizer:
+    """A tokenizer that leaves a long text to a thread, or gives what was read there."""
 
-    def __init__(self, tokenizer, inputs: dict):
+    def __init__(self, tokenizer, inputs: dict | None):
         self._tokenizer_itself, self._inputs = tokenizer, inputs
 
-    def __call__(self, *args, **kwargs) -> dict:
-        return self._inputs
+    def __call__(self, text: str, *args, **kwargs) -> dict:
+        return self._read(len(text), partial(self._tokenizer_itself, text, *args, **kwargs))
+
+    def apply_chat_template(self, messages: list[dict], *args, **kwargs) -> dict:
+        read = partial(self._tokenizer_itself.apply_chat_template, messages, *args, **kwargs)
+        return self._read(sum(len(str(message.get("content"))) for message in messages), read)
+
+    def _read(self, length: int, read) -> dict:
+        if self._inputs is None and length > LONG_TEXT:
+            raise LongText(read)
+        return self._inputs or read()
 
     def __getattr__(self, name: str):
         return getattr(self._tokenizer_itself, name)
 
 
-class CompletionHandler(CheckedHandler, completion.CompletionHandler):
+class ChoicesHandler(CheckedHandler):
+    """Of answers with `choices`: n of them, and log-probabilities of their tokens."""
+
+    async def _non_streaming(self, request_id, model, processor, model_id, inputs, config, *args, **kwargs):
+        bodies = []
+        for i in range(config.own.get("num_return_sequences", 1)):
+            answer = await super()._non_streaming(
+                request_id, model, processor, model_id, inputs, config, *args, **kwargs
+            )
+            if not config.own.keys() & {"num_return_sequences", "top_logprobs"}:
+                return answer
+            bodies.append(json.loads(answer.body))
+            [choice] = bodies[-1]["choices"]
+            choice["index"] = i
+            if "top_logprobs" in config.own:
+                special = set(processor.all_special_ids)  # which the text does not show
+                found = [each for each in config.logprobs if each[0][0] not in special]
+                choice["logprobs"] = self._logprobs(processor, found)
+        tokens = [body["usage"]["completion_tokens"] for body in bodies]
+        usage = bodies[0]["usage"] | {"completion_tokens": sum(tokens)}
+        usage["total_tokens"] = usage["prompt_tokens"] + sum(tokens)
+        return JSONResponse(bodies[0] | {"choices": [body["choices"][0] for body in bodies], "usage": usage})
+
+    def _logprobs(self, tokenizer, found: list[list[tuple[int, float]]]) -> dict:
+        raise NotImplementedError
+
+
+class ChatCompletionHandler(ChoicesHandler, chat_completion.ChatCompletionHandler):
+    """/v1/chat/completions"""
+
+    def _top_logprobs(self, body: dict) -> int | None:
+        wanted, most = body.get("logprobs") or False, body.get("top_logprobs") or 0
+        if type(wanted) is not bool or type(most) is not int or not 0 <= most <= 20 or most > 20 * wanted:
+            refuse(400, f"logprobs must be true or false, and top_logprobs with it in 0..20, not {wanted!r}, {most!r}")
+        return most if wanted else None
+
+    def _logprobs(self, tokenizer, found) -> dict:
+        def entry(token: int, logprob: float) -> dict:
+            return {"token": tokenizer.decode([token]), "logprob": logprob, "bytes": None}
+
+        return {"content": [entry(*own) | {"top_logprobs": [entry(*one) for one in top]} for own, *top in found]}
+
+
+class ResponseHandler(CheckedHandler, response.ResponseHandler):
+    """/v1/responses"""
+
+    def _top_logprobs(self, body: dict) -> None:
+        if body.get("top_logprobs"):
+            refuse(400, "top_logprobs is not obeyed in responses: leave it out")
+
+
+class CompletionHandler(ChoicesHandler, completion.CompletionHandler):
     """/v1/completions"""
 
-    _inputs: ContextVar[dict | None] = ContextVar("inputs", default=None)
+    def _top_logprobs(self, body: dict) -> int | None:
+        most = body.get("logprobs")
+        if most is None or most is False:
+            return None
+        if type(most) is not int or not 0 <= most <= 5:
+            refuse(400, f"logprobs must be a whole number in 0..5, not {most!r}")
+        return most
 
-    async def handle_request(self, body: dict, request_id: str):
-        self._validate_request(body)
-        prompt = body.get("prompt")
-        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:  # in a thread: all streams would wait for it
-            _, _, tokenizer = super()._resolve_model(body)
-            self._inputs.set(await asyncio.to_thread(tokenizer, prompt))
-        return await super().handle_request(body, request_id)
-
-    def _resolve_model(self, body: dict) -> tuple:
-        model_id, model, tokenizer = super()._resolve_model(body)
-        inputs = self._inputs.get()
-        return model_id, model, tokenizer if inputs is None else Tokenized(tokenizer, inputs)
+    def _logprobs(self, tokenizer, found) -> dict:
+        texts = [tokenizer.decode([own[0]]) for own, *_ in found]
+        return {
+            "tokens": texts,
+            "token_logprobs": [own[1] for own, *_ in found],
+            "top_logprobs": [{tokenizer.decode([token]): logprob for token, logprob in top} for _, *top in found],
+            "text_offset": [0, *itertools.accumulate(map(len, texts))][: len(texts)],
+        }
 
     def _build_chunk_sse(self, request_id, model_id, text="", finish_reason=None, usage=None) -> str:
         if finish_reason is not None:
@@ -154,7 +240,9 @@ class UntilStop:
         """A text, or what ends the stream: an error or None."""
         if self.has_stopped:
             return
-        if isinstance(piece, str):
+        if not self._stops:
+            self._pieces.put_nowait(piece)
+        elif isinstance(piece, str):
             text = self._held + piece
             found = [start for stop in self._stops if (start := text.find(stop)) >= 0]
             self.has_stopped = bool(found)
@@ -192,8 +280,8 @@ class RowGenerateManager(utils.CBGenerateManager):
         processor = self._cb.batch_processor
         return {} if processor is None else processor.counters()
 
-    def _submit(self, inputs: dict, config, callback, streaming: bool) -> str:
-        """The number under which a request runs; the names that clients give may come twice."""
+    def _submit(self, inputs: dict, config, callbacks: list, streaming: bool) -> list[str]:
+        """The numbers under which the n answers run; the names that clients give may come twice."""
         tokens = inputs["input_ids"]
         if not tokens:
             refuse(400, "the prompt is empty: it must hold at least one token")
@@ -202,24 +290,27 @@ class RowGenerateManager(utils.CBGenerateManager):
         reason = self._cb.background_thread_status.can_accept_new_requests()
         if reason:
             refuse(503, reason)
-        if len(self._running) >= self.slots + self.max_waiting:
+        if len(callbacks) > self.slots:
+            refuse(400, f"n must be at most {self.slots}, not {len(callbacks)}")
+        if len(self._running) + len(callbacks) > self.slots + self.max_waiting:
             refuse(429, f"{self.max_waiting} requests are waiting: try again later", **{"Retry-After": "1"})
         sampling: dict[str, Any] = {"do_sample": bool(config.do_sample)}
         if config.do_sample:
             sampling["temperature"] = float(config.temperature or 1.0)
             sampling["top_p"] = float(1.0 if config.top_p is None else config.top_p)
             sampling["top_k"] = min(config.top_k or self.vocab_size, self.vocab_size)
-            if config.seed is not None:
-                sampling["seed"] = config.seed
+        sampling |= {name: float(x) if "penalty" in name else x for name, x in config.own.items()}
         name = f"serve-{next(self._numbers)}"
-        self._running.add(name)
+        names = [name, *(f"{name}__child#{i}" for i in range(len(callbacks) - 1))]  # as transformers names them
+        self._running.update(names)
 
-        def deliver(output) -> None:
+        def deliver(callback, output) -> None:
             if output.is_finished():  # or failed, or cancelled
-                self._running.discard(name)
+                self._running.discard(output.request_id)
             callback(output)
 
-        self._cb.register_result_handler(name, deliver)  # before the first token can come
+        for each, callback in zip(names, callbacks):
+            self._cb.register_result_handler(each, partial(deliver, callback))  # before the first token can come
         self._cb.add_request(
             tokens,
             request_id=name,
@@ -228,7 +319,7 @@ class RowGenerateManager(utils.CBGenerateManager):
             eos_token_id=config.eos_token_id,
             **sampling,
         )
-        return name
+        return names
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         if gen_config.stop_strings and utils.get_response_template(processor, model) is not None:
@@ -251,7 +342,7 @@ class RowGenerateManager(utils.CBGenerateManager):
             except Exception as error:
                 texts.put_nowait(utils._StreamError(json.dumps(str(error))[1:-1]))
 
-        name = self._submit(inputs, gen_config, take, streaming=True)
+        [name] = self._submit(inputs, gen_config, [take], streaming=True)
         streamer = utils.CBStreamer(
             self._cb, name, tokenizer, asyncio.get_running_loop(), texts, response_parser=response_parser
         )
@@ -260,15 +351,22 @@ class RowGenerateManager(utils.CBGenerateManager):
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         if gen_config.stop_strings:
             return await self._generate_until_stop(model, processor, inputs, gen_config, request_id)
-        result = asyncio.get_running_loop().create_future()
-        name = self._submit(inputs, gen_config, lambda output: result.done() or result.set_result(output), False)
+        if gen_config.results is None:  # the first of n calls starts them all
+            futures = [asyncio.Future() for _ in range(gen_config.own.get("num_return_sequences", 1))]
+            callbacks = [
+                lambda output, future=future: future.done() or future.set_result(output) for future in futures
+            ]
+            gen_config.names = self._submit(inputs, gen_config, callbacks, streaming=False)
+            gen_config.results = iter(futures)
         try:
-            output = await result
+            output = await next(gen_config.results)
         except asyncio.CancelledError:  # the client has gone
-            self._cb.cancel_request(name)
+            for name in gen_config.names:
+                self._cb.cancel_request(name)
             raise
         if output.error is not None:
             refuse(503, output.error)
+        gen_config.logprobs = output.logprobs
         tokens = output.generated_tokens
         return processor.decode(tokens, skip_special_tokens=True), len(inputs["input_ids"]), tokens
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import CASES
 from small_models import VOCAB_SIZE, small_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 # What is missing before transformers 5.23
 continuous_batching = pytest.importorskip("modeling_minrnn.continuous_batching", exc_type=ImportError)
@@ -126,6 +126,64 @@ def test_log_probabilities_are_those_of_the_model():
         torch.testing.assert_close(torch.tensor(output.logprobs), logprobs, rtol=0, atol=1e-5)
 
 
+class Penalties(LogitsProcessor):
+    """As OpenAI defines them, after a prompt of so many tokens."""
+
+    def __init__(self, prompt_length, presence_penalty=0.0, frequency_penalty=0.0):
+        self.start, self.presence, self.frequency = prompt_length, presence_penalty, frequency_penalty
+
+    def __call__(self, ids, scores):
+        counts = torch.stack([(ids[:, self.start :] == token).sum(1) for token in range(scores.shape[1])], 1)
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+def test_penalties_are_of_each_request_and_log_probabilities_of_the_model(managers):
+    model, [prompt] = small_model(), prompts_of(30)
+    manager = managers(model, Config(per_request_processors=True), do_sample=True, temperature=0.5)
+    own = [
+        {"presence_penalty": 0.3},
+        {"frequency_penalty": 0.2},
+        {"presence_penalty": -0.1, "frequency_penalty": 0.1},
+        {},
+    ]
+    for i, penalties in enumerate(own):
+        for do_sample in (False, True):
+            settings = {"do_sample": do_sample, "seed": 1, "top_logprobs": 2 * i}
+            manager.add_request(prompt, f"{i}{do_sample}", max_new_tokens=30, **settings, **penalties)
+    outputs, texts = finished(manager, 8), set()
+    for i, penalties in enumerate(own):
+        for do_sample in (False, True):
+            torch.manual_seed(1)
+            processors = LogitsProcessorList([Penalties(len(prompt), **penalties)])
+            sampling = {"do_sample": do_sample} | ({"temperature": 0.5} if do_sample else {})
+            output = outputs[f"{i}{do_sample}"]
+            assert output.generated_tokens == alone(model, prompt, 30, logits_processor=processors, **sampling)
+            texts.add(tuple(output.generated_tokens))
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + output.generated_tokens])).logits[0, len(prompt) - 1 : -1]
+            for token, found, expected in zip(output.generated_tokens, output.logprobs, logits.log_softmax(-1)):
+                assert [each for each, _ in found] == [token, *expected.topk(2 * i).indices.tolist()]
+                ids, logprobs = zip(*found)
+                torch.testing.assert_close(torch.tensor(logprobs), expected[list(ids)], rtol=0, atol=1e-5)
+    assert len(texts) == 8
+
+
+def test_several_sequences_of_a_request_read_its_prompt_once(managers):
+    model, [prompt] = small_model(), prompts_of(300)
+    manager = managers(model, Config(prefix_bytes=0))
+    settings = {"num_return_sequences": 3, "do_sample": True, "seed": 7}
+    manager.add_request(prompt, request_id="a", max_new_tokens=NEW_TOKENS, **settings)
+    outputs = finished(manager, 3)
+    for i, name in enumerate(("a", "a__child#0", "a__child#1")):
+        torch.manual_seed(7 + i)
+        assert outputs[name].generated_tokens == alone(model, prompt, do_sample=True, top_k=0)
+    assert manager.batch_processor.counters()["read_tokens"] == len(prompt)
+    with manager.pause():
+        manager.add_request(prompt, request_id="b", **settings)
+        manager.cancel_request("b")
+    assert {output.error for output in finished(manager, 3).values()} == {"the request was cancelled"}
+
+
 def test_several_sequences_of_a_prompt_are_as_many_requests():
     model, [prompt] = small_model(), prompts_of(20)
     config = GenerationConfig(do_sample=True, max_new_tokens=NEW_TOKENS, num_return_sequences=3)
@@ -152,6 +210,17 @@ def test_a_long_prompt_is_read_in_chunks_while_others_write(managers):
     assert orders == ["short"] * NEW_TOKENS + ["long"]
     assert max(chunks) <= continuous_batching.CHUNK_TOKENS
     assert results == {"short": alone(model, short), "long": alone(small_model(), long, 1)}
+
+
+def test_prompts_that_wait_are_read_in_one_pass(managers):
+    model, shapes = small_model(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, output: shapes.append(output.shape[:2]))
+    manager, prompts = managers(model), prompts_of(*[20, 18, 22, 300] * 4)
+    with manager.pause():
+        names = manager.add_requests(prompts, max_new_tokens=NEW_TOKENS)
+    outputs, together = finished(manager, len(names)), max(rows for rows, length in shapes if length > 1)
+    assert [outputs[name].generated_tokens for name in names] == [alone(model, prompt) for prompt in prompts]
+    assert 1 < together and max(rows * length for rows, length in shapes) <= continuous_batching.CHUNK_TOKENS
 
 
 # ---- Prefixes

@@ -93,6 +93,8 @@ def test_completions_and_chats_are_those_of_generate_streamed_or_not(server, mod
     chunks = list(client.chat.completions.create(messages=MESSAGES, stream=True, **settings))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
     assert len(chunks) >= TOKENS
+    answer = client.responses.create(model=folder, input="hi", max_output_tokens=TOKENS, temperature=0, stream=False)
+    assert answer.output_text == expected
 
 
 def test_transformers_chat_talks_to_the_server(server, model):
@@ -204,6 +206,41 @@ def test_a_client_has_its_own_sampling_settings(model, server):
         assert answer.choices[0].text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def test_choices_of_one_prompt_and_what_the_model_gave_their_tokens(started, model):
+    folder, process = started
+    client = openai.OpenAI(base_url=process.url + "/v1", api_key="none")
+    tokenizer, before = byte_tokenizer(), process.stats()["read_tokens"]
+
+    def logits_of(prompt, text):
+        ids = tokenizer(prompt + text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return model(ids).logits[0, -len(text) - 1 : -1].log_softmax(-1)
+
+    settings = {"max_tokens": TOKENS, "seed": 4, "temperature": 0.3, "top_p": 0.5}
+    answer = client.completions.create(model=folder, prompt="def main", n=3, logprobs=2, **settings)
+    assert process.stats()["read_tokens"] - before == len("def main")
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (3 * TOKENS, 3 * TOKENS + 8)
+    for i, choice in enumerate(answer.choices):
+        single = client.completions.create(model=folder, prompt="def main", **settings | {"seed": 4 + i})
+        assert (choice.index, choice.text) == (i, single.choices[0].text) and len(choice.text) == TOKENS
+        found, expected = choice.logprobs, logits_of("def main", choice.text)
+        assert "".join(found.tokens) == choice.text and found.text_offset == list(range(TOKENS))
+        for token, logprob, top, row in zip(found.tokens, found.token_logprobs, found.top_logprobs, expected):
+            assert abs(logprob - row[ord(token)]) < 1e-4
+            assert [ord(each) for each in top] == row.topk(2).indices.tolist()
+    assert len({choice.text for choice in answer.choices}) == 3
+
+    settings = {"model": folder, "messages": MESSAGES, "max_tokens": TOKENS, "temperature": 0}
+    answer = client.chat.completions.create(logprobs=True, top_logprobs=1, frequency_penalty=2, **settings)
+    [choice] = answer.choices
+    plain, text = continuation(model, "user: hi<eos>assistant: ", TOKENS), choice.message.content
+    assert text != plain and len(set(text)) > len(set(plain))
+    assert "".join(entry.token for entry in choice.logprobs.content) == text
+    for entry, row in zip(choice.logprobs.content, logits_of("user: hi<eos>assistant: ", text)):
+        assert abs(entry.logprob - row[ord(entry.token)]) < 1e-4
+        assert abs(entry.top_logprobs[0].logprob - row.max()) < 1e-4
+
+
 def test_a_text_ends_before_the_first_of_its_stops_and_with_it_the_request(started, model):
     folder, process = started
     client = openai.OpenAI(base_url=process.url + "/v1", api_key="none")
@@ -288,7 +325,14 @@ def test_wrong_requests_are_refused_with_a_status_and_a_reason(server):
             "stop must be a text or a list of texts, not ['b', '']",
         ),
         (400, chat, {"messages": MESSAGES, "stop": 3}, "stop must be a text"),
-        (400, completions, {"prompt": "a", "n": 2}, "n is not obeyed"),
+        (400, completions, {"prompt": "a", "n": 9}, "n must be at most 8, not 9"),
+        (400, completions, {"prompt": "a", "n": 2, "stream": True}, "n and logprobs are not obeyed with stream"),
+        (400, chat, {"messages": MESSAGES, "logprobs": True, "stop": "a"}, "n and logprobs are not obeyed with stop"),
+        (400, chat, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs with it in 0..20, not False, 2"),
+        (400, completions, {"prompt": "a", "logprobs": 6}, "logprobs must be a whole number in 0..5, not 6"),
+        (400, completions, {"prompt": "a", "presence_penalty": 3}, "presence_penalty must be 0 or a number in -2..2"),
+        (400, "/v1/responses", {"input": "a", "top_logprobs": 2}, "top_logprobs is not obeyed in responses"),
+        (400, completions, {"prompt": "a", "echo": True}, "echo is not obeyed"),
         (400, completions, {"prompt": "a", "warmth": 2}, "Unexpected fields"),
         (400, chat, {}, "messages are missing"),
         (400, chat, {"messages": []}, "messages must be a list"),
