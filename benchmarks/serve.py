@@ -10,9 +10,11 @@ same cores.
 
 tokens_per_s: of all clients, by the clock. cpu_ms_per_token: of all threads of the server, which other work on the
 machine changes least. first_ms, between_ms: time to the first token, and between two of a stream. peak_mb: resident
-memory of the server. A row with `history` is the second turn of a chat after that many tokens, with `long_prompt` a
-stream beside such a prompt, with `requests` so many, a third of them abandoned, and the growth of the server's memory
-over the second half.
+memory of the server. The row of the model alone has the CPU time of a prompt and of a step for so many, and
+best_over_one, the times one client's tokens that two cores with nothing else to do would reach with these. A row
+with `history` is the second turn of a chat after that many tokens, with `long_prompt` or `long_chat` a stream beside
+such a prompt, with `requests` so many, a third of them abandoned, and how the server's memory grew over the second
+half.
 
 Targets, on two cores: 16 clients >= 6 times the tokens of one, 64 >= 10 times; between tokens p99 <= 4 x p50; a second
 turn after 20,000 tokens starts within 100 ms; a stream beside a prompt of a million tokens takes <= 2 times as long.
@@ -35,6 +37,7 @@ import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -44,11 +47,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 from training.tokenizers import byte_tokenizer
 
-from .harness import HERE, Bound, Report, parser
+from .harness import HERE, Bound, Report, interleave, now, parser
 from .models import of_size
 
 PROMPT, NEW_TOKENS, HISTORY, LONG = 200, 100, 20_000, 1_000_000
 CLIENTS = (1, 4, 16, 64)
+STEPS = 20  # of the model alone, for a sample
 SIZES = {"demo": (128, 4), "10M": (384, 6)}  # width, layers
 VOCABULARY = 258
 
@@ -102,12 +106,15 @@ class Server:
     def stats(self) -> dict:
         return json.load(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/stats"))
 
-    async def complete(self, prompt: str, max_tokens: int = NEW_TOKENS, abandon_after=math.inf) -> list[float]:
+    async def complete(
+        self, prompt: str, max_tokens: int = NEW_TOKENS, abandon_after=math.inf, is_chat: bool = False
+    ) -> list[float]:
         """When the request was sent and when each piece of its stream came."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        settings = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        body = json.dumps(settings).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+        text = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
+        settings = {"model": self.model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        body = json.dumps(settings | text).encode()
+        head = f"POST /v1/{'chat/' * is_chat}completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
         times = [time.perf_counter()]
         writer.write(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
         text = ""
@@ -116,9 +123,13 @@ class Server:
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise RuntimeError(event["error"])
-                if event["choices"][0].get("finish_reason"):
+                [choice] = event["choices"]
+                if choice.get("finish_reason"):
                     break
-                text += event["choices"][0]["text"]
+                piece = choice["delta"].get("content") if is_chat else choice["text"]
+                if piece is None:  # the role alone
+                    continue
+                text += piece
                 times.append(time.perf_counter())
                 if len(times) > abandon_after:
                     break
@@ -178,7 +189,10 @@ def percentiles(values: list[float]) -> tuple[float, float]:
 
 
 def measure(report: Report, size: str) -> None:
-    for name, model in models(*SIZES[size]).items():
+    found = models(*SIZES[size])
+    if report.wants(f"{size} bounds"):
+        bounds(report, size, found["minrnn"])
+    for name, model in found.items():
         if not report.wants(f"{size} {name}"):
             continue
         with serving(name, model) as server:
@@ -213,7 +227,8 @@ def measure(report: Report, size: str) -> None:
             if report.options.second_turn:
                 second_turn(report, size, name, server)
             if report.options.long_prompt and name == "minrnn":
-                beside_a_long_prompt(report, size, name, server)
+                for is_chat in (False, True):
+                    beside_a_long_prompt(report, size, name, server, is_chat)
             if report.options.abandoned and name == "minrnn":
                 abandoned(report, size, server)
 
@@ -236,15 +251,47 @@ def second_turn(report: Report, size: str, name: str, server: Server) -> None:
     )
 
 
-def beside_a_long_prompt(report: Report, size: str, name: str, server: Server) -> None:
-    """How fast a stream goes on while another request's prompt of LONG tokens is read."""
+def bounds(report: Report, size: str, model: PreTrainedModel) -> None:
+    """CPU time of the model alone, for a prompt and for a token of so many, and what two cores could make of it."""
+    model = model.eval()
+
+    def read(rows: int) -> float:
+        ids, start = torch.randint(97, 122, (rows, PROMPT)), now()
+        model(ids, use_cache=True, logits_to_keep=1)
+        return (now() - start) / rows
+
+    def write(rows: int) -> float:
+        ids, start = torch.full((rows, 1), 97), now()
+        for _ in range(STEPS):
+            model(ids, past_key_values=caches[rows], use_cache=True)
+        return (now() - start) / STEPS
+
+    with torch.no_grad():
+        caches = {rows: model(torch.full((rows, 5), 97), use_cache=True).past_key_values for rows in CLIENTS}
+        contenders = {("read", rows): partial(read, rows) for rows in (1, 2)}
+        contenders |= {("write", rows): partial(write, rows) for rows in CLIENTS}
+        samples = interleave(contenders, 5 * report.options.rounds)
+    prompt, token = samples.seconds(("read", 2)), {rows: samples.seconds(("write", rows)) for rows in CLIENTS}
+    one = samples.seconds(("read", 1)) + NEW_TOKENS * token[1]  # on one core: first the prompt, then the tokens
+    report.add(
+        size=size,
+        contender="the model alone",
+        prompt_ms=1e3 * samples.seconds(("read", 1)),
+        prompt_of_two_ms=1e3 * prompt,
+        **{f"step_of_{rows}_ms": 1e3 * seconds for rows, seconds in token.items()},
+        **{f"best_over_one_{rows}": 2 * one / (prompt + NEW_TOKENS * token[rows] / rows) for rows in CLIENTS[1:]},
+    )
+
+
+def beside_a_long_prompt(report: Report, size: str, name: str, server: Server, is_chat: bool) -> None:
+    """How fast a stream goes on while another request's prompt, or message, of LONG tokens is read."""
     [long, short] = prompts(1, LONG)[0], prompts(1)[0]
 
     async def both() -> tuple[list[float], list[float], list[float]]:
         alone = await server.complete(short, 1000)
         stream = asyncio.ensure_future(server.complete(short + "and", 1000))
         await asyncio.sleep(0.3)
-        reading = asyncio.ensure_future(copy.copy(server).complete(long, 1))
+        reading = asyncio.ensure_future(copy.copy(server).complete(long, 1, is_chat=is_chat))
         beside = await stream
         if reading.done():
             raise RuntimeError("the long prompt was read before the stream ended; not reported")
@@ -257,7 +304,7 @@ def beside_a_long_prompt(report: Report, size: str, name: str, server: Server) -
     report.add(
         size=size,
         contender=name,
-        long_prompt=LONG,
+        **{"long_chat" if is_chat else "long_prompt": LONG},
         long_prompt_seconds=times[1] - times[0],
         between_ms_mean_alone=1e3 * rates[0],
         between_ms_mean_beside=1e3 * rates[1],
