@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from .cache_minrnn import LayerState
 from .modeling_minrnn import MinRNNCausalConv, MinRNNDecoderLayer, MinRNNMLP, MinRNNRecurrence
+from .norm import MinRNNRMSNorm
 from .scan_numba import (
     ANY_LENGTH,
     OPTIONS,
@@ -491,7 +492,7 @@ def _address(tensor, shape: tuple[int, ...], dtype=torch.float32, kind=nn.Parame
 
 
 def _norm(module, H: int, dtype) -> tuple[int, float | None]:
-    return _address(_stock(module, nn.RMSNorm)._parameters["weight"], (H,), dtype), module.eps
+    return _address(_stock(module, MinRNNRMSNorm)._parameters["weight"], (H,), dtype), module.eps
 
 
 def _linear(module, n: int, k: int, dtype) -> tuple[int, int, int]:

@@ -48,6 +48,7 @@ from .context_parallel import all_gather, conv_windows
 from .diagnose import StateReport
 from .layer import CellProjection, local
 from .masks import NO_MASKS, Masks, padding_mask_of, reset_mask_of
+from .norm import MinRNNRMSNorm
 from .scan import scan_states, state_dtype
 
 try:
@@ -199,14 +200,14 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         self.window_size = max(config.conv_kernel_size - 1, 0)
         if self.has_conv:
             self.conv = MinRNNCausalConv(config)
-        self.rnn_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rnn_norm = MinRNNRMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.rnn = MinRNNRecurrence(config, layer_idx)
         if config.bidirectional:
             if self.has_conv:
                 self.reverse_conv = MinRNNCausalConv(config)
             self.reverse_rnn = MinRNNRecurrence(config, layer_idx)
         if self.has_mlp:
-            self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp_norm = MinRNNRMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
             self.mlp = MinRNNMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -408,7 +409,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList([MinRNNDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = MinRNNRMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.gradient_checkpointing = False
         self.post_init()
 
