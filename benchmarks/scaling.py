@@ -32,7 +32,6 @@ import contextlib
 import gc
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -146,10 +145,7 @@ def step_seconds(cell_type: str, length: int, rounds: int) -> tuple[float, float
         if device.type != "cpu":
             torch.accelerator.synchronize()
 
-    ways = {
-        "alone": timed(lambda: step(None), time.perf_counter),
-        "shared": timed(lambda: step(dist.group.WORLD), time.perf_counter),
-    }
+    ways = {"alone": timed(lambda: step(None)), "shared": timed(lambda: step(dist.group.WORLD))}
     samples = interleave(ways, rounds)
     dist.destroy_process_group()
     return samples.seconds("alone"), samples.seconds("shared")

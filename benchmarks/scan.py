@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import Bound, Report, interleave, parser, relative_error, timed, verify
+from harness import Bound, Report, interleave, now, parser, relative_error, timed, verify
 
 from modeling_minrnn.cells import (
     HGRN,
@@ -100,8 +100,10 @@ def measure(report: Report, shape: tuple[int, int, int], cell_type: str, dtype: 
         ("forward", forward, gradient.nbytes * tensors_moved),
         ("forward+backward", forward_backward, gradient.nbytes * 3 * tensors_moved),
     ):
-        contenders = {backend: timed(partial(run, projected, gradient, cell_type, backend)) for backend in BACKENDS}
-        samples = interleave({"copy": timed(copy(bytes_moved)), **contenders}, report.options.rounds)
+        contenders = {
+            backend: timed(partial(run, projected, gradient, cell_type, backend), now) for backend in BACKENDS
+        }
+        samples = interleave({"copy": timed(copy(bytes_moved), now), **contenders}, report.options.rounds)
         for backend in BACKENDS:
             has_target = backend in SPEEDUPS and run is forward_backward and dtype == torch.float32
             report.add(
@@ -146,7 +148,7 @@ def measure_cells(report: Report, shape: tuple[int, int, int]) -> None:
             run(), run(projected.detach().double().requires_grad_(), cell, exact, "loop")
         )
         verify(f"{cell.spec} {shape}", errors[cell.spec], TOLERANCES[torch.float32])
-        runs[cell.spec] = timed(run)
+        runs[cell.spec] = timed(run, now)
         one = stack_parameters(cell, parameters, projected)
         log_sums = torch.zeros(1, 1, cell.log_sums(D))
         convex[cell.spec] = cell.system is None and isinstance(cell.gates(projected[:1, :1], one, log_sums), Convex)

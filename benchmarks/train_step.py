@@ -24,7 +24,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from harness import Bound, Report, interleave, parser, relative_error, timed, verify
+from harness import Bound, Report, interleave, now, parser, relative_error, timed, verify
 from models import LAYERS, VOCABULARY, WIDTH, minrnn, transformers_of_equal_size
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -110,7 +110,7 @@ def measure(report: Report, length: int, cell_type: str) -> None:
     for name, model in transformers_of_equal_size(steps["torch"].model, positions=length).items():
         steps[name] = contenders[name] = TrainingStep(model, tokens)
 
-    samples = interleave({name: timed(run) for name, run in contenders.items()}, report.options.rounds)
+    samples = interleave({name: timed(run, now) for name, run in contenders.items()}, report.options.rounds)
     for name in contenders:
         row = {"T": length, "cell": cell_type, "contender": name, "ms": 1e3 * samples.seconds(name)}
         if name in steps:
@@ -140,7 +140,7 @@ def measure_compiled(report: Report, length: int, cell_type: str) -> None:
         contenders[f"{name} compiled"] = compiled
         if length == SHORTEST:
             contenders[name] = eager
-    samples = interleave({name: timed(run) for name, run in contenders.items()}, report.options.rounds)
+    samples = interleave({name: timed(run, now) for name, run in contenders.items()}, report.options.rounds)
     for name in contenders:
         row = {"T": length, "cell": cell_type, "contender": name, "ms": 1e3 * samples.seconds(name)}
         row |= {"tokens_per_s": TOKENS / samples.seconds(name)}
@@ -163,7 +163,7 @@ def measure_cells(report: Report) -> None:
             vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS // 2, cell_type=cell_type
         )
         steps[cell_type] = TrainingStep(MinRNNForCausalLM(config), tokens)
-    samples = interleave({name: timed(run) for name, run in steps.items()}, report.options.rounds)
+    samples = interleave({name: timed(run, now) for name, run in steps.items()}, report.options.rounds)
     for name, step in steps.items():
         report.add(
             T=1024,

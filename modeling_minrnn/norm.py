@@ -31,15 +31,15 @@ class MinRNNRMSNorm(nn.RMSNorm):
 def _fuses(x: Tensor, weight: Tensor, backend: str) -> bool:
     """Whether the kernel may take torch's place. A compiler fuses better, and a trace is to run elsewhere too."""
     return (
-        type(x) is Tensor
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None  # or the sizes below would be traced
+        and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.numel() >= SMALLEST
         and x.shape[-1:] == weight.shape
         and backend in ("auto", "numba")
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
         and not is_transformed()
         and resolve_backend(backend, "cpu", x.dtype) == "numba"
     )

@@ -11,6 +11,7 @@ from oracle import normal, relative_error
 from torch import nn
 
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM, norm
+from modeling_minrnn.backends import NAMESPACE
 from modeling_minrnn.norm import SMALLEST, MinRNNRMSNorm
 
 LAYOUTS = {
@@ -98,7 +99,8 @@ def test_other_tensors_and_settings_are_left_to_torch(for_any_size):
     torch.testing.assert_close(by_row, torch.autograd.grad(fused(x).sum(), x)[0])
     traced = torch.jit.trace(module(32), x.detach())
     exported = torch.export.export(module(32), (x.detach(),))
-    assert "minrnn" not in str(traced.inlined_graph) and "minrnn" not in str(exported.graph)
+    assert f"{NAMESPACE}::" not in str(traced.inlined_graph) and f"{NAMESPACE}." not in str(exported.graph)
+    assert "rms_norm" in str(traced.inlined_graph) and "rms_norm" in str(exported.graph)
 
 
 def test_a_model_takes_the_kernel_for_large_inputs_alone_and_trains_as_with_torch():
