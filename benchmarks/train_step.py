@@ -13,11 +13,13 @@ Before timing, loss and gradients of "torch" and "numba" are compared with the l
 Targets: step / identity <= 1.10 numba, 1.20 torch (T = 256); step / products <= 1.15 (numba, T = 256);
 faster than llama and gpt2 (numba, T >= 1024).
 
+--norm times the step of "numba" at T = 256, and that of configs/demo.yaml, with RMSNorm by its kernel and by torch.
+Targets: step / products <= 1.10, the demo's <= 1.30.
 --cells times the step with each cell beside minGRU's instead, in half as many layers, T = 1024, by "numba".
 --compiled times the step by torch.compile, of "numba", llama and gpt2, and at T = 256 without it beside, after its
 loss and gradients were compared with those without.
 
-    python benchmarks/train_step.py [--only "256 mingru"] [--rounds 7] [--cells | --compiled] [--profile]
+    python benchmarks/train_step.py [--only "256 mingru"] [--rounds 7] [--cells | --compiled | --norm] [--profile]
 """
 
 from collections.abc import Callable
@@ -31,13 +33,16 @@ from transformers import PreTrainedModel
 
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM, modeling_minrnn
 from modeling_minrnn.cells import CELLS
+from modeling_minrnn.norm import MinRNNRMSNorm
 from modeling_minrnn.scan import ScanOutputs
+from training.config import load_config
 
 TOKENS = 4096  # a batch
 LENGTHS = [256, 1024, 4096]
 OVER_IDENTITY = {"torch": 1.20, "numba": 1.10}  # at SHORTEST
 OVER_PRODUCTS = {"torch": None, "numba": 1.15}  # at SHORTEST
 SHORTEST = LENGTHS[0]
+OVER_PRODUCTS_BY_KERNEL = {"10m": 1.10, "demo": 1.30}  # with the norm's kernel, at SHORTEST
 TOLERANCE = 5e-3  # g has a kink at 0: one candidate within rounding of 0 moves a gradient by 1 / sqrt(elements)
 
 
@@ -176,6 +181,31 @@ def measure_cells(report: Report) -> None:
         )
 
 
+def demo() -> MinRNNForCausalLM:
+    """The model of configs/demo.yaml, which trains on as many tokens a step."""
+    torch.manual_seed(0)
+    return MinRNNForCausalLM(MinRNNConfig(vocab_size=VOCABULARY, **load_config("configs/demo.yaml", []).model))
+
+
+def measure_norm(report: Report, name: str, build: Callable[[], MinRNNForCausalLM]) -> None:
+    tokens = torch.randint(VOCABULARY, (TOKENS // SHORTEST, SHORTEST), generator=torch.Generator().manual_seed(0))
+    steps = {norm: TrainingStep(build(), tokens) for norm in ("numba", "torch")}
+    for module in steps["torch"].model.modules():
+        if isinstance(module, MinRNNRMSNorm):
+            module.backend = "torch"
+    error = relative_error(steps["numba"].loss_and_gradients(), steps["torch"].loss_and_gradients())
+    verify(f"norm {name}", error, TOLERANCE)
+    runs = steps | {"products": matrix_products(build(), TOKENS)}
+    samples = interleave({norm: timed(run, now) for norm, run in runs.items()}, report.options.rounds)
+    for norm in runs:
+        row = {"T": SHORTEST, "model": name, "norm": norm, "ms": 1e3 * samples.seconds(norm)}
+        if norm in steps:
+            most = OVER_PRODUCTS_BY_KERNEL[name] if norm == "numba" else None
+            row["over_products"] = Bound(samples.ratio(norm, "products"), at_most=most)
+            row["over_torch_norm"] = samples.ratio(norm, "torch")
+        report.add(**row)
+
+
 def print_profile(length: int, cell_type: str) -> None:
     tokens = torch.randint(VOCABULARY, (TOKENS // length, length))
     step = TrainingStep(minrnn(cell_type), tokens)
@@ -188,13 +218,17 @@ def print_profile(length: int, cell_type: str) -> None:
 def main() -> None:
     flags = parser("train_step", __doc__, rounds=7)
     flags.add_argument("--cells", action="store_true", help="the step of every cell beside minGRU's")
+    flags.add_argument("--norm", action="store_true", help="what the kernel of RMSNorm gains")
     flags.add_argument("--compiled", action="store_true", help="by torch.compile, against llama and gpt2 by the same")
     flags.add_argument("--profile", action="store_true", help="print where one step spends its time instead")
     options = flags.parse_args()
     report = Report(options)
     if options.cells:
         measure_cells(report)
-    for length in LENGTHS if not options.cells else []:
+    for name, build in {"10m": lambda: minrnn("mingru"), "demo": demo}.items() if options.norm else ():
+        if report.wants(name):
+            measure_norm(report, name, build)
+    for length in LENGTHS if not (options.cells or options.norm) else []:
         for cell_type in ("mingru", "minlstm"):
             if report.wants(f"{length} {cell_type}"):
                 if options.profile:
