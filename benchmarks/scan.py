@@ -18,7 +18,11 @@ Targets, forward + backward in fp32:  torch >= 6x the speed of log (4.5x at 1,26
 --cells times every cell beside minGRU instead, forward + backward by "numba". Targets: at most 2.5 times its time
 for those that are convex combinations, at most 4 times for the others; error against the float64 loop as above.
 
-    python benchmarks/scan.py [--only 16,256,384] [--rounds 11] [--dtype bfloat16] [--cells]
+--bounds times "numba" at the first shape, in ns a state, beside its two bounds: the copy, and the same kernel on what
+fits a core's cache (T = 64 less T = 16 of one sequence, which leaves out what a call costs).
+The least of the rounds, as what else runs takes of the cache too.
+
+    python benchmarks/scan.py [--only 16,256,384] [--rounds 11] [--dtype bfloat16] [--cells | --bounds]
 """
 
 from collections.abc import Callable
@@ -27,6 +31,7 @@ from functools import partial
 import torch
 from harness import Bound, Report, interleave, now, parser, relative_error, timed, verify
 
+from modeling_minrnn import scan_numba
 from modeling_minrnn.cells import (
     HGRN,
     LMU,
@@ -41,6 +46,7 @@ from modeling_minrnn.cells import (
     cell_of,
 )
 from modeling_minrnn.scan import minrnn_scan, stack_parameters
+from modeling_minrnn.scan_blocks import ScanInputs
 
 SHAPES = [(16, 256, 384), (8, 1024, 512), (64, 512, 64), (1, 16384, 512), (1, 262144, 64)]  # B, T, D
 BACKENDS = ["log", "torch", "numba"]
@@ -166,16 +172,55 @@ def measure_cells(report: Report, shape: tuple[int, int, int]) -> None:
         )
 
 
+def kernels_alone(B: int, T: int, D: int, cell_type: str) -> dict[str, Callable[[], object]]:
+    cell = cell_of(cell_type)
+    projected, none, zeros = torch.randn(B, T, sum(cell.blocks(D))), torch.empty(0, D), torch.zeros(B, D)
+    inputs = ScanInputs(projected, none, zeros, zeros[0], None, None, cell, "numba")
+    outputs, rest, final_state = scan_numba.forward(inputs)
+    gradients = torch.randn(B, T, D), torch.zeros_like(rest), zeros
+    return {
+        "forward": partial(scan_numba.forward, inputs),
+        "backward": partial(scan_numba.backward, inputs, outputs, rest, *gradients),
+    }
+
+
+def measure_bounds(report: Report, cell_type: str) -> None:
+    B, T, D = SHAPES[0]
+    columns, calls, (long, short) = sum(cell_of(cell_type).blocks(D)), 8, (64, 16)
+    tensors_moved = {"forward": columns + D, "backward": 2 * (columns + D)}
+    for name in tensors_moved:
+        memory = kernels_alone(B, T, D, cell_type)[name]
+        cached = {length: kernels_alone(1, length, D, cell_type)[name] for length in (long, short)}
+        runs: dict[object, Callable[[], float]] = {"memory": timed(memory, now)}
+        runs["copy"] = timed(copy(4 * B * T * tensors_moved[name]), now)
+        for length, kernel in cached.items():
+            runs[length, "cold"] = timed(kernel, now)
+            runs[length] = timed(lambda kernel=kernel: [kernel() for _ in range(calls)], now)
+        least = {run: min(times) for run, times in interleave(runs, report.options.rounds).items()}
+        report.add(
+            shape=f"{B},{T},{D}",
+            cell=cell_type,
+            timed=name,
+            backend="numba",
+            ns=1e9 * least["memory"] / (B * T * D),
+            ns_copy=1e9 * least["copy"] / (B * T * D),
+            ns_in_cache=1e9 * (least[long] - least[short]) / (calls * (long - short) * D),
+        )
+
+
 def main() -> None:
     flags = parser("scan", __doc__, rounds=11)
     flags.add_argument("--cells", action="store_true", help="every cell beside minGRU")
+    flags.add_argument("--bounds", action="store_true", help="how fast it could be")
     flags.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     options = flags.parse_args()
     report = Report(options)
     for shape in SHAPES[:3] if options.cells else []:
         if report.wants(",".join(map(str, shape))):
             measure_cells(report, shape)
-    for shape in [] if options.cells else SHAPES:
+    for cell_type in ("mingru", "minlstm") if options.bounds else ():
+        measure_bounds(report, cell_type)
+    for shape in [] if options.cells or options.bounds else SHAPES:
         for cell_type in ("mingru", "minlstm"):
             if report.wants(f"{','.join(map(str, shape))} {cell_type}"):
                 measure(report, shape, cell_type, getattr(torch, options.dtype))
