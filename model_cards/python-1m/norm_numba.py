@@ -1,0 +1,1 @@
+../../modeling_minrnn/norm_numba.py
