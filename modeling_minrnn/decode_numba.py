@@ -24,18 +24,20 @@ from .scan_numba import (
     ANY_LENGTH,
     OPTIONS,
     RWKV,
+    UNWRAPPED,
     allocate,
+    array_at,
     blocks_at,
     clear,
     code_of,
     compile_kernel,
-    copy,
     dense,
     derived,
     exp_nonpositive,
     fetch_line,
     floats,
     forward_row,
+    get_or_insert_function,
     int64,
     intrinsic,
     ir,
@@ -46,7 +48,6 @@ from .scan_numba import (
     rwkv_forward_row,
     scalar,
     sigmoids,
-    state_at,
     void,
     voidptr,
 )
@@ -74,61 +75,74 @@ def activated(activation, x):
     return x if x >= np.float32(0.0) else np.float32(0.0)
 
 
+LANES = 8  # of a sum of products, added up at its end: alike for every tile, and with them the bits of the result
+FLOAT, INT8, INT16, INT32, INT64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+
 # `kept` is a number of the type in which a layer keeps its weights: float32, an eight-bit integer, or the 16 bits of
 # bfloat16. Beside integers, what is not the weight of a projection is float32.
 
 
-def numbers(address, kept):
+@intrinsic
+def numbers(typing_context, address, kept):
     """The array at an address, of anything but the weights of projections."""
+    kind = kept if kept == numba.types.uint16 else numba.float32
+
+    def generate(context, builder, signature, arguments):
+        return array_at(context, builder, kind, arguments[0])
+
+    return numba.types.Array(kind, 1, "C")(address, kept), generate
 
 
-def loaded(number):
+@intrinsic
+def is_scaled(typing_context, kept):
+    """Whether the weights of projections have a scale a row."""
+
+    def generate(context, builder, signature, arguments):
+        return ir.Constant(ir.IntType(1), kept == numba.types.int8)
+
+    return numba.types.boolean(kept), generate
+
+
+@intrinsic
+def loaded(typing_context, number):
     """The float32 that is kept."""
 
+    def generate(context, builder, signature, arguments):
+        if arguments[0].type == FLOAT:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], INT32), INT32(16)), FLOAT)
 
-def stored(x, kept):
+    return numba.float32(number), generate
+
+
+@intrinsic
+def stored(typing_context, x, kept):
     """What is kept of a float32 that is rounded."""
 
+    def generate(context, builder, signature, arguments):
+        x, kept = arguments
+        return builder.trunc(builder.lshr(builder.bitcast(x, INT32), INT32(16)), INT16) if kept.type == INT16 else x
 
-def rounded(x, kept):
+    return (kept if kept == numba.types.uint16 else numba.float32)(numba.float32, kept), generate
+
+
+@intrinsic
+def rounded(typing_context, x, kept):
     """As a module hands it on: the nearest number of its dtype, of two the even one."""
 
+    def generate(context, builder, signature, arguments):
+        x, kept = arguments
+        if kept.type != INT16:
+            return x
+        bits = builder.bitcast(x, INT32)
+        half = builder.add(INT32(0x7FFF), builder.and_(builder.lshr(bits, INT32(16)), INT32(1)))
+        nearest = builder.and_(builder.add(bits, half), INT32(0xFFFF0000))
+        return builder.select(builder.fcmp_unordered("uno", x, x), x, builder.bitcast(nearest, FLOAT))  # NaN stays NaN
 
-@numba.extending.overload(numbers)
-def _(address, kept):
-    dtype = np.uint16 if kept == numba.types.uint16 else np.float32
-    return lambda address, kept: numba.carray(address, ANY_LENGTH, dtype)
-
-
-@numba.extending.overload(loaded)
-def _(number):
-    if number == numba.types.uint16:
-        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
-    return lambda number: number
+    return numba.float32(numba.float32, kept), generate
 
 
-@numba.extending.overload(stored)
-def _(x, kept):
-    if kept == numba.types.uint16:
-        return lambda x, kept: np.uint16(np.float32(x).view(np.uint32) >> np.uint32(16))
-    return lambda x, kept: x
-
-
-@numba.extending.overload(rounded)
-def _(x, kept):
-    if kept != numba.types.uint16:
-        return lambda x, kept: x
-
-    def nearest(x, kept):
-        bits = np.float32(x).view(np.uint32)
-        half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        nearest = np.uint32((bits + half) & np.uint32(0xFFFF0000)).view(np.float32)
-        return nearest if x == x else np.float32(x)
-
-    return nearest
-
-
-@numba.njit(error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"})  # a sum in any order
+@numba.njit(error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"}, **UNWRAPPED)  # a sum in any order
 def normalize(kept, x, weight, y, B, H, eps):
     for b in range(B):
         row, out = x[b * H : b * H + H], y[b * H : b * H + H]
@@ -140,16 +154,6 @@ def normalize(kept, x, weight, y, B, H, eps):
             out[i] = rounded(row[i] * scale * loaded(weight[i]), kept)
 
 
-@intrinsic
-def pointer(typing_context, address):
-    def generate(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return voidptr(int64), generate
-
-
-LANES = 8  # of a sum of products, added up at its end: alike for every tile, and with them the bits of the result
-FLOAT, INT8, INT16, INT32, INT64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 BYTES = {FLOAT: 4, INT16: 2, INT8: 1}
 # Rows of the weight that are read at once for a single x. From memory they are read fastest with few streams, from a
 # cache with many sums at a time, as each product of a sum waits for the one before.
@@ -228,24 +232,33 @@ def tile_of(W: int | None, R: int):
     Of weight and x come the addresses; no W stands for what is best FROM_MEMORY.
     """
 
+    def build(builder, kept, weight, i, n, x, b, B, k, sums):
+        def rows(kind, address, first, number, count):
+            start, last = builder.inttoptr(address, kind.as_pointer()), builder.sub(number, INT64(1))
+            for row in (builder.add(first, INT64(c)) for c in range(count)):
+                row = builder.select(builder.icmp_signed("<", row, last), row, last)
+                yield builder.gep(start, [builder.mul(row, k)])
+
+        w_rows = list(rows(kept.type, weight, i, n, W or FROM_MEMORY[kept.type]))
+        tile = Tile(builder, w_rows, list(rows(FLOAT, x, b, B, R)), k)
+        start = builder.inttoptr(sums, FLOAT.as_pointer())
+        for c, total in enumerate(tile.sums()):
+            builder.store(total, builder.gep(start, [INT64(c)]))
+        builder.ret_void()
+
     @intrinsic
     def tile(typing_context, kept, weight, i, n, x, b, B, k, sums):
         signature = void(kept, int64, int64, int64, int64, int64, int64, int64, int64)
 
         def generate(context, builder, signature, arguments):
-            kept, weight, i, n, x, b, B, k, sums = arguments
-
-            def rows(kind, address, first, number, count):
-                start, last = builder.inttoptr(address, kind.as_pointer()), builder.sub(number, INT64(1))
-                for row in (builder.add(first, INT64(c)) for c in range(count)):
-                    row = builder.select(builder.icmp_signed("<", row, last), row, last)
-                    yield builder.gep(start, [builder.mul(row, k)])
-
-            w_rows = list(rows(kept.type, weight, i, n, W or FROM_MEMORY[kept.type]))
-            tile = Tile(builder, w_rows, list(rows(FLOAT, x, b, B, R)), k)
-            start = builder.inttoptr(sums, FLOAT.as_pointer())
-            for c, total in enumerate(tile.sums()):
-                builder.store(total, builder.gep(start, [INT64(c)]))
+            # A function of its own: put into each product of a layer, it would take a second to compile.
+            kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+            function = get_or_insert_function(builder.module, kind, f"minrnn_tile_{W}_{R}_{arguments[0].type}")
+            if function.is_declaration:
+                function.linkage = "linkonce_odr"
+                function.attributes.add("noinline")
+                build(ir.IRBuilder(function.append_basic_block()), *function.args)
+            builder.call(function, arguments)
             return context.get_dummy_value()
 
         return signature, generate
@@ -264,8 +277,7 @@ def product(kept, projection, x, y, B, n, k, sums, at_once):
     at_once: rows of the weight for a single x.
     """
     weight, x_address, sums_address = projection[0], x.ctypes.data, sums.ctypes.data
-    scale, bias = floats(pointer(projection[1])), numbers(pointer(projection[2]), kept)
-    scaled, biased = projection[1] != 0, projection[2] != 0
+    scale, bias, biased = floats(projection[1]), numbers(projection[2], kept), projection[2] != 0
     W, R = (4, 2) if B > 1 else (at_once, 1)
     for i in range(0, n, W):
         for b in range(0, B, R):
@@ -278,14 +290,14 @@ def product(kept, projection, x, y, B, n, k, sums, at_once):
             for r in range(min(R, B - b)):
                 for c in range(min(W, n - i)):
                     total, at = sums[c * R + r], (b + r) * n + i + c
-                    if scaled:
+                    if is_scaled(kept):
                         total *= scale[i + c]
                     if biased:
                         total += loaded(bias[i + c])
                     y[at] = rounded(y[at] + rounded(total, kept), kept)
 
 
-@numba.njit
+@numba.njit(**UNWRAPPED)
 def convolve(kept, x, window, weight, out_window, B, H, K):
     """x += conv(x), and the window after the token; weight: (H, K)."""
     W = (K - 1) * H
@@ -305,23 +317,39 @@ WINDOW, STATE, OUT_WINDOW, OUT_STATE, Q, CONV, RNN_NORM, MLP_NORM = range(7, 15)
 IN_PROJ, GATE_PROJ, OUT_PROJ, UP_PROJ, DOWN_PROJ, FIELDS = range(15, 31, 3)  # each with its scale and bias
 
 
-@numba.njit(inline="always")
 def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
     """What the cell makes of `projected` (B, P), into `read` (B, D), and its states after it."""
-    D, E, P, q = layer[1], layer[2], layer[3], floats(pointer(layer[Q]))
-    state, out_state = floats(pointer(layer[STATE])), floats(pointer(layer[OUT_STATE]))
-    carry, L, larger = carries[0], carries[1][:E], carries[2]
-    place, of_cell = (0, D, 0, E), state_at(q, 0, q, D, (0, D, 0, D))
-    for b in range(B):
-        start, h = (b_start + b) * (D + E), read[b * D : b * D + D]
-        copy((carry, L), state_at(state, start, state, start + D, place))
-        after = state_at(out_state, start, out_state, start + D, place)
-        p = blocks_at(code, projected, b * P, D, E, columns, place)
-        if code & RWKV:
-            rwkv_forward_row(p, of_cell, carry, L, h, after[0], after[1], rows, larger)
-        else:
-            forward_row(code, p, of_cell, carry, L, h, rows)
-        copy(after, (carry, L))
+
+
+@numba.extending.overload(recur, prefer_literal=True, jit_options=OPTIONS)
+def recur_of(code, columns, layer, projected, read, b_start, B, rows, carries):
+    """Compiled for each cell: what is inlined is copied with all that it is inlined in, which takes seconds."""
+    of_code, of_columns = code.literal_value, columns.literal_value
+
+    def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
+        D, E, P, q = layer[1], layer[2], layer[3], floats(layer[Q])
+        carry, L, larger, S = carries[0], carries[1][:E], carries[2], D + E
+        for b in range(b_start, b_start + B):
+            state, out_state = floats(layer[STATE])[b * S : b * S + S], floats(layer[OUT_STATE])[b * S : b * S + S]
+            for d in range(D):
+                carry[d] = state[d]
+            for e in range(E):
+                L[e] = state[D + e]
+            h = read[(b - b_start) * D :]
+            p = blocks_at(of_code, projected, (b - b_start) * P, D, E, of_columns, (0, D, 0, E))
+            if of_code & RWKV:
+                rwkv_forward_row(p, (q, q[D:]), carry, L, h, out_state, out_state[D:], rows, larger)
+            else:
+                forward_row(of_code, p, (q, q), carry, L, h, rows)
+            for d in range(D):
+                out_state[d] = np.float32(carry[d])
+            for e in range(E):
+                out_state[D + e] = np.float32(L[e])
+
+    return recur
+
+
+KEPT = {"float32": np.float32(0), "bfloat16": np.uint16(0), "int8": np.int8(0)}
 
 
 @functools.cache  # compiled when it is used
@@ -330,16 +358,11 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
 
     dtype: of the weights of projections.
     """
+    kept, size = KEPT[dtype], KEPT[dtype].itemsize
 
     @compile_kernel(int64, voidptr, numba.float64, voidptr)
     def layers_kernel(number_of_layers, table, eps, x, b_start, b_stop, d_start, d_stop):
         table, B = numba.carray(table, ANY_LENGTH, np.int64), b_stop - b_start
-        if dtype == "int8":
-            kept, size = np.int8(0), 1
-        elif dtype == "bfloat16":
-            kept, size = np.uint16(0), 2
-        else:
-            kept, size = np.float32(0.0), 4
         for i in range(number_of_layers):
             layer = table[i * FIELDS : (i + 1) * FIELDS]
             H, D, P, K, M, activation = layer[0], layer[1], layer[3], layer[4], layer[5], layer[6]
@@ -356,10 +379,10 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
             inner = read[B * D :]
 
             if K > 0:
-                window = numbers(pointer(layer[WINDOW]), kept)[b_start * W :]
-                out_window = numbers(pointer(layer[OUT_WINDOW]), kept)[b_start * W :]
-                convolve(kept, out, window, numbers(pointer(layer[CONV]), kept), out_window, B, H, K)
-            normalize(kept, out, numbers(pointer(layer[RNN_NORM]), kept), normed, B, H, eps)
+                window = numbers(layer[WINDOW], kept)[b_start * W :]
+                out_window = numbers(layer[OUT_WINDOW], kept)[b_start * W :]
+                convolve(kept, out, window, numbers(layer[CONV], kept), out_window, B, H, K)
+            normalize(kept, out, numbers(layer[RNN_NORM], kept), normed, B, H, eps)
             clear((projected[: B * P], inner[: B * max(M, D)]))
             product(kept, layer[IN_PROJ:], normed, projected, B, P, H, sums, at_once)
             recur(code, columns, layer, projected, read, b_start, B, rows, carries)
@@ -372,7 +395,7 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
                     inner[j] = 0.0
             product(kept, layer[OUT_PROJ:], read, out, B, H, D, sums, at_once)
             if M > 0:
-                normalize(kept, out, numbers(pointer(layer[MLP_NORM]), kept), normed, B, H, eps)
+                normalize(kept, out, numbers(layer[MLP_NORM], kept), normed, B, H, eps)
                 product(kept, layer[UP_PROJ:], normed, inner, B, M, H, sums, at_once)
                 for j in range(B * M):
                     inner[j] = rounded(activated(activation, inner[j]), kept)

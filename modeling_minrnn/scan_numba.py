@@ -25,6 +25,7 @@ try:
     from numba.core.caching import FunctionCache
     from numba.core.cgutils import get_or_insert_function
     from numba.extending import intrinsic
+    from numba.np.arrayobj import populate_array
     from numba.types import int64, void, voidptr
 except ImportError as error:
     raise ImportError('the "numba" backend needs numba: pip install numba') from error
@@ -32,8 +33,10 @@ except ImportError as error:
 from .cells import NOTHING_SEEN, Cell, softplus
 from .scan_blocks import ScanInputs, derivative, empty_outputs
 
+# Nothing but a kernel is called from Python: what would take its arguments apart is left out of what is compiled.
+UNWRAPPED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 # Not "nnan" or "ninf": a NaN that comes in must go out.
-OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
+OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}} | UNWRAPPED
 # For functions of numbers, which LLVM puts into each loop; inline="always" would have each compiled with them anew.
 scalar = numba.njit(forceinline=True, **OPTIONS)
 
@@ -65,23 +68,31 @@ def compile_kernel(*argument_types):
     return compile_later
 
 
-ANY_LENGTH = 1 << 60
+ANY_LENGTH, int64_of = 1 << 60, ir.IntType(64)
 
 
-@scalar
-def floats(address):
-    """The float32 array at an address; its length is not known, and not needed for what is sliced from it."""
-    return numba.carray(address, ANY_LENGTH, np.float32)
+def array_of(kind):
+    """array(address), of numbers of a kind of numba's: its length is not known, and not needed for what is sliced."""
+
+    @intrinsic
+    def array(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            return array_at(context, builder, kind, arguments[0])
+
+        return numba.types.Array(kind, 1, "C")(address), generate
+
+    return array
 
 
-@scalar
-def doubles(address):
-    return numba.carray(address, ANY_LENGTH, np.float64)
+def array_at(context, builder, kind, address):
+    found, size = context.make_array(numba.types.Array(kind, 1, "C"))(context, builder), kind.bitwidth // 8
+    pointer = context.get_value_type(kind).as_pointer()
+    convert = builder.inttoptr if isinstance(address.type, ir.IntType) else builder.bitcast
+    populate_array(found, convert(address, pointer), (int64_of(ANY_LENGTH),), (int64_of(size),), size, None)
+    return found._getvalue()
 
 
-@scalar
-def flags(address):
-    return numba.carray(address, ANY_LENGTH, np.uint8)
+floats, doubles, flags = array_of(numba.float32), array_of(numba.float64), array_of(numba.uint8)
 
 
 @numba.njit(inline="always")
