@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.paper import cells, long_context
-from benchmarks.paper.shakespeare import BUDGETS, RATES, TARGETS
+from benchmarks.paper.shakespeare import BUDGETS, OF_EQUAL_SIZE, TARGETS
 from benchmarks.paper.tasks import CONTENDERS
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.cells import cell_of
@@ -192,12 +192,15 @@ def shakespeare() -> str:
     return table(["", "settings", "parameters", "steps", "minutes", "held-out loss", "to reach"], lines)
 
 
+CHOSEN = ("layers", "sequence_length", "initializer_range", "muon_learning_rate", "learning_rate")
+
+
 def shakespeare_equal_runs() -> list[Row]:
     """minGRU, whose tokens and time the others have, has one run for both."""
     found = rows("paper_shakespeare", "experiment", "contender", "equal", "seed")
     runs = [row for row in found if row["experiment"] == "equal" and row["equal"]]  # not of a sweep
     runs += [row | {"equal": "time"} for row in runs if row["contender"] == "minGRU"]
-    return sorted(runs, key=lambda row: list(RATES).index(row["contender"]))
+    return sorted(runs, key=lambda row: list(OF_EQUAL_SIZE).index(row["contender"]))
 
 
 def shakespeare_equal() -> str:
@@ -206,12 +209,37 @@ def shakespeare_equal() -> str:
         cells = []
         for budget in BUDGETS:
             runs = [row for row in own if row["equal"] == budget]
-            cells += (
-                [f"{runs[0]['steps']:,}", nats([row["held_out_loss"] for row in runs])] if runs else ["not run", ""]
-            )
+            if not runs:
+                cells += ["not run", "", ""]
+                continue
+            in_windows = [row["window_loss"] for row in runs if "window_loss" in row]
+            losses = nats([row["held_out_loss"] for row in runs]), nats(in_windows) if in_windows else "not measured"
+            cells += [f"{runs[0]['steps']:,}", *losses]
         row = own[0]
-        lines.append((name, f"{row['parameters']:,}", f"{row['learning_rate']:g}", f"{row['ms_a_step']:.0f}", *cells))
-    columns = "parameters", "learning rate", "ms a step", "steps", "loss", "steps in equal time", "loss"
+        rates = f"{row['learning_rate']:g}", row.get("muon_learning_rate") or ""
+        lines.append((name, f"{row['parameters']:,}", *rates, f"{row['ms_a_step']:.0f}", *cells))
+    columns = "parameters", "learning rate", "Muon's", "ms a step", "steps", "loss", "in windows"
+    return table(["", *columns, "steps in equal time", "loss", "in windows"], lines)
+
+
+def shakespeare_chosen() -> str:
+    """The sweeps that read the last tenth of the training text."""
+    found = rows("paper_shakespeare", "experiment", "contender", "read", "seed", "steps", *CHOSEN)
+    lines = [
+        (
+            row["contender"],
+            row["layers"],
+            row["sequence_length"],
+            {None: "own", "width": "1 / sqrt(width)"}.get(row["initializer_range"], row["initializer_range"]),
+            row["muon_learning_rate"] or "",
+            f"{row['learning_rate']:g}",
+            row["steps"],
+            *(f"{row[loss]:.3f}" for loss in ("held_out_loss", "window_loss")),
+        )
+        for row in found
+        if row.get("read", "").startswith("the last tenth")
+    ]
+    columns = "layers", "context", "initial weights", "Muon's rate", "AdamW's", "steps", "loss", "in windows"
     return table(["", *columns], lines)
 
 
@@ -440,12 +468,13 @@ def words_and_keys() -> str:
     return table(["", *columns], lines)
 
 
-SWEPT = ("preset", "cell_type", "steps", "batch_size", "warmup_steps", "max_timescale", "initializer_range")
+SWEPT = ("preset", "cell_type", "steps", "batch_size", "warmup_steps", "max_timescale", "initializer_range",
+         "muon_learning_rate")  # fmt: skip
 
 
 def sweep_runs() -> dict[tuple, dict[float, list[Row]]]:
     """Runs by learning rate, of each preset with each of the other settings."""
-    runs = rows("paper_sweep", *SWEPT, "learning_rate", "seed")
+    runs = [{"muon_learning_rate": None} | row for row in rows("paper_sweep", *SWEPT, "learning_rate", "seed")]
     millions = {name: float(name.replace("m", "").replace("b", "e3")) for name in {row["preset"] for row in runs}}
     runs.sort(key=lambda row: (millions[row["preset"]], *(row[name] or 0 for name in SWEPT[1:])))
     found = grouped(runs, *SWEPT)
@@ -467,11 +496,12 @@ def presets() -> str:
             warmup,
             timescale or "",
             f"{initializer_range:.3g}",
+            muon or "",
             *(nats([row["held_out_loss"] for row in own[rate]]) if rate in own else "" for rate in rates),
         )
-        for (preset, cell, steps, batch, warmup, timescale, initializer_range), own in found.items()
+        for (preset, cell, steps, batch, warmup, timescale, initializer_range, muon), own in found.items()
     ]
-    columns = "cell", "steps", "batch", "warm-up", "max_timescale", "initializer_range"
+    columns = "cell", "steps", "batch", "warm-up", "max_timescale", "initializer_range", "Muon"
     return table(["", *columns, *(f"{rate:g}" for rate in rates)], lines)
 
 
@@ -498,7 +528,7 @@ def small_shakespeare() -> str:
 def plot_presets(path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.add_subplot(xlabel="learning rate", ylabel="held-out loss, nats a byte", xscale="log")
-    for (preset, cell, steps, batch, *_, initializer_range), own in sweep_runs().items():
+    for (preset, cell, steps, batch, *_, initializer_range, _), own in sweep_runs().items():
         if len(own) > 2:
             label = f"{preset}, {cell}, {steps} steps of {batch}, from {initializer_range:.3g}"
             plot_means(axes, own, "held_out_loss", label)
@@ -575,6 +605,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "learning rates": learning_rates,
         "shakespeare": shakespeare,
         "shakespeare equal": shakespeare_equal,
+        "shakespeare chosen": shakespeare_chosen,
         "chomsky": chomsky,
         "offline rl": offline_rl,
         "decision step": decision_step,

@@ -61,8 +61,15 @@ class Contender:
 
 
 # Each as it was best in the sweeps of 300 steps; a minRNN's rate is that of the configuration.
-CONTENDERS = {
+OF_EQUAL_SIZE = {
     "minGRU": Contender("minGRU", 4e-3),
+    "minGRU, linear, output gate, Muon": Contender(  # configs/shakespeare-1m.yaml
+        "minGRU",
+        4e-3,
+        0.03,
+        sequence_length=256,
+        minrnn={"candidate": "linear", "output_gate": True, "intermediate_size": 784},
+    ),
     "minLSTM": Contender("minLSTM", 4e-3),
     "GPT-2": Contender("GPT-2", 4e-3),
     "Llama": Contender("Llama", 1e-3),
@@ -207,9 +214,9 @@ def equal(report: Report, text: Path) -> None:
     options = report.options
     setting = Equal(text, options.choose)
     chosen = {
-        name: tried(contender, options) for name, contender in CONTENDERS.items() if report.wants(f"equal {name}")
+        name: tried(contender, options) for name, contender in OF_EQUAL_SIZE.items() if report.wants(f"equal {name}")
     }
-    runs = {("minGRU", 0): setting.training(CONTENDERS["minGRU"], 0, 10**6)[1]}
+    runs = {("minGRU", 0): setting.training(OF_EQUAL_SIZE["minGRU"], 0, 10**6)[1]}
     for name, contenders in chosen.items():
         for number, contender in enumerate(contenders):
             runs[name, number] = setting.training(contender, 0, 10**6)[1]

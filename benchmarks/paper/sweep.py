@@ -33,6 +33,7 @@ def main() -> None:
             max_timescale=model.max_timescale,
             initializer_range=model.initializer_range,
             learning_rate=settings.learning_rate,
+            muon_learning_rate=settings.muon_learning_rate,
             warmup_steps=settings.warmup_steps,
             steps=settings.steps,
             batch_size=settings.batch_size,
