@@ -213,7 +213,7 @@ def test_a_long_prompt_is_read_in_chunks_while_others_write(managers):
 
 
 def test_prompts_that_wait_are_read_in_one_pass(managers):
-    model, shapes = small_model(), []
+    model, shapes = small_model("minlstm", max_timescale=300), []
     model.model.embed_tokens.register_forward_hook(lambda module, ids, output: shapes.append(output.shape[:2]))
     manager, prompts = managers(model), prompts_of(*[20, 18, 22, 300] * 4)
     with manager.pause():
