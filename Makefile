@@ -15,11 +15,12 @@ train: .venv/trainable
 	  generate = pipeline("text-generation", "runs/demo", trust_remote_code=True); \
 	  print(generate("def read_", max_new_tokens=300, do_sample=True, temperature=0.7)[0]["generated_text"])'
 
-# Two workers on two cores: threads of their own would only get in each other's way.
+# Two workers on two cores: threads of their own would only get in each other's way. Each begins with half of the files,
+# so that what the tests of a file share is made once.
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not is_fsdp_test and not soak" --durations=25 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not is_fsdp_test and not soak" --durations=25 $(ARGS)
 
 conformance: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/conformance $(ARGS)

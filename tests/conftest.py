@@ -1,5 +1,6 @@
 """Every test runs offline, on one thread, with caches of its own and the same examples each time."""
 
+import gc
 import json
 import os
 import tempfile
@@ -21,9 +22,20 @@ try:
 except ImportError:  # triton is made for Linux
     pass
 
+os.fsync = lambda descriptor: None  # no test can see what a power cut would lose; waiting for the disk takes minutes
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_finish():
+    """Imports leave so much that each collection of garbage, several in a run of train.py, would take half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture

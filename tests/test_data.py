@@ -307,18 +307,37 @@ def test_a_vocabulary_beyond_16_bits_keeps_its_ids():
     assert tokens(stream) == [2**16, 0]
 
 
-def test_a_file_is_tokenised_in_a_fraction_of_its_size(tmp_path, monkeypatch):
+@pytest.fixture
+def small_pieces(monkeypatch):
     for name, value in {"files.BLOCK_BYTES": 2**12, "data.PIECE_CHARACTERS": 2**10, "data.PIECES_AT_ONCE": 4}.items():
         monkeypatch.setattr(f"training.{name}", value)
-    text = "a line of some length, é\n" * 20_000  # 0.5 MB, tokens of 1 MB
-    (tmp_path / "input.txt").write_text(text)
-    training, _ = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))
+
+
+def traced_stream(documents):
+    """Of bytes, and how much memory it took to make."""
     tracemalloc.start()
-    stream = token_stream(training, byte_tokenizer())
+    stream = token_stream(documents, byte_tokenizer())
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert tokens(stream) == list(text[: int(0.9 * len(text))].encode())
+    return tokens(stream), peak_bytes
+
+
+LONG_TEXT = "a line of some length, é\n" * 20_000  # 0.5 MB, tokens of 1 MB
+
+
+def test_a_file_is_tokenised_in_a_fraction_of_its_size(tmp_path, small_pieces):
+    (tmp_path / "input.txt").write_text(LONG_TEXT)
+    training, _ = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))
+    ids, peak_bytes = traced_stream(training)
+    assert ids == list(LONG_TEXT[: int(0.9 * len(LONG_TEXT))].encode())
     assert peak_bytes < 0.4e6
+
+
+def test_a_document_of_a_data_set_is_never_a_list_of_its_tokens(small_pieces):
+    """Which is 8 bytes a token and more; as an array they are 2."""
+    ids, peak_bytes = traced_stream(Dataset.from_dict({"text": [LONG_TEXT, "end"]}))
+    assert ids == [*LONG_TEXT.encode(), EOS, *b"end"]
+    assert peak_bytes < 6 * len(ids)
 
 
 @pytest.mark.parametrize("limit", [2, 50, 10**6])

@@ -7,7 +7,7 @@ from small_runs import TEXT
 from transformers import AutoTokenizer
 
 from training.config import InputError
-from training.data import encode
+from training.data import encode as pieces
 from training.tokenizers import bpe_tokenizer, byte_tokenizer, character_tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.oldest
@@ -16,6 +16,10 @@ pytestmark = pytest.mark.oldest
 texts = st.lists(st.text() | st.sampled_from(["<eos>", "<pad>", "<unk>", "\r\n", "  ", "\n", " .", "é", "🙂"])).map(
     "".join
 )
+
+
+def encode(text, tokenizer):
+    return sum(pieces([text], tokenizer), [])
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def reloaded(tmp_path_factory):
 @given(texts)
 def test_byte_ids_are_the_bytes_of_the_text(reloaded, text):
     for tokenizer in (byte_tokenizer(), reloaded):
-        ids = encode([text], tokenizer)[0]
+        ids = encode(text, tokenizer)
         assert ids == [*text.encode(), tokenizer.eos_token_id]
         assert tokenizer.decode(ids[:-1]) == text
 
@@ -36,7 +40,7 @@ def test_byte_ids_are_the_bytes_of_the_text(reloaded, text):
 @given(texts)
 def test_a_character_tokenizer_restores_any_text_of_its_alphabet(text):
     tokenizer = character_tokenizer([text])
-    ids = encode([text], tokenizer)[0]
+    ids = encode(text, tokenizer)
     assert len(ids) == len(text) + 1
     assert tokenizer.decode(ids[:-1]) == text
 
@@ -47,13 +51,13 @@ def test_a_character_tokenizer_is_the_same_after_saving_and_loading(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
     assert reloaded.get_vocab() == tokenizer.get_vocab()
-    assert encode([text], reloaded) == encode([text], tokenizer)
-    assert reloaded.decode(encode([text], reloaded)[0][:-1]) == text
+    assert encode(text, reloaded) == encode(text, tokenizer)
+    assert reloaded.decode(encode(text, reloaded)[:-1]) == text
 
 
 def test_a_character_outside_the_alphabet_becomes_the_unknown_token():
     tokenizer = character_tokenizer(["ab", "c"])
-    assert encode(["axc"], tokenizer) == [[0, tokenizer.unk_token_id, 2, tokenizer.eos_token_id]]
+    assert encode("axc", tokenizer) == [0, tokenizer.unk_token_id, 2, tokenizer.eos_token_id]
 
 
 def test_special_tokens_follow_the_alphabet_and_are_distinct():
@@ -69,17 +73,17 @@ def bpe():
 
 @given(texts)
 def test_a_bpe_tokenizer_restores_any_text_also_of_bytes_that_it_has_not_seen(bpe, text):
-    assert bpe.decode(encode([text], bpe)[0][:-1]) == text
+    assert bpe.decode(encode(text, bpe)[:-1]) == text
 
 
 def test_a_bpe_tokenizer_merges_what_its_text_has_and_is_the_same_each_time_and_after_loading(bpe, tmp_path):
-    assert len(bpe) == 300 and len(encode(["7 times 8 is 56.\n"], bpe)[0]) < 10
+    assert len(bpe) == 300 and len(encode("7 times 8 is 56.\n", bpe)) < 10
     assert bpe_tokenizer(TEXT.splitlines(keepends=True), 300).backend_tokenizer.to_str() == (
         bpe.backend_tokenizer.to_str()
     )
     bpe.save_pretrained(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert encode([TEXT, "<eos> é🙂"], reloaded) == encode([TEXT, "<eos> é🙂"], bpe)
+    assert all(encode(text, reloaded) == encode(text, bpe) for text in (TEXT, "<eos> é🙂"))
     (tmp_path / "own.json").write_text(bpe.backend_tokenizer.to_str())
     resumed = load_tokenizer("bpe", [], trained=tmp_path / "own.json")
     assert resumed.get_vocab() == bpe.get_vocab() and resumed.special_tokens_map == bpe.special_tokens_map

@@ -11,6 +11,7 @@ import os
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from datasets import (
     Dataset,
     Features,
     IterableDataset,
-    List,
+    LargeList,
     Value,
     concatenate_datasets,
     interleave_datasets,
@@ -245,11 +246,9 @@ def is_in_split(fraction: float, held_out: bool, text: str) -> bool:
     return is_held_out(text, fraction) == held_out
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each document, then one end token."""
-    documents = [[*cut([text]), None] for text in texts]
-    ids = encode_pieces(chain.from_iterable(documents), tokenizer)
-    return [[*chain.from_iterable(islice(ids, len(document)))] for document in documents]
+def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids of documents, piece by piece, after the last piece of each an end token."""
+    return encode_pieces(chain.from_iterable(chain(cut([text]), [None]) for text in texts), tokenizer)
 
 
 def encode_pieces(pieces: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -341,12 +340,13 @@ def token_stream(
     """All documents, or the first `max_tokens` tokens of them, as one stream. Raises InputError below two tokens."""
     if max_tokens or not isinstance(documents, Dataset):
         return counted_stream(documents, tokenizer, max_tokens)
+    dtype = id_type(tokenizer)
     tokens = documents.map(
-        lambda batch: {"input_ids": encode(batch["text"], tokenizer)},
+        lambda batch: {"input_ids": [np.array(ids, dtype) for ids in encode(batch["text"], tokenizer)]},
         batched=True,
         batch_size=DOCUMENT_BATCH,
         remove_columns="text",
-        features=Features({"input_ids": List(Value(id_type(tokenizer).name))}),
+        features=Features({"input_ids": LargeList(Value(dtype.name))}),  # a row a piece: see PIECE_CHARACTERS
         desc="Tokenising",
     )
     arrays = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
@@ -515,7 +515,7 @@ class StreamedWindows:
         self.batches: Iterator[list[str]] | None = None  # begun by the process that reads them
         self.position: dict[str, Any] | None = None  # in the documents; None: nothing is read yet
         # The tokens of whole batches of documents, each with the position before it and its length; how many are used.
-        self.tokens: list[int] = []
+        self.tokens = array("I")
         self.origins: deque[tuple[dict[str, Any] | None, int]] = deque()
         self.used = 0
         self.read_tokens = 0
@@ -535,11 +535,12 @@ class StreamedWindows:
         self.batches = self.batches or self.document_batches()
         start, stop = self.used, self.used + self.rows * self.sequence_length
         while len(self.tokens) <= stop:
-            before = self.position
-            tokens = [*chain.from_iterable(encode(next(self.batches), self.tokenizer))]
-            self.tokens += tokens
-            self.origins.append((before, len(tokens)))
-        windows = torch.tensor(self.tokens[start : stop + 1]).unfold(0, self.sequence_length + 1, self.sequence_length)
+            position, before = self.position, len(self.tokens)
+            for ids in encode(next(self.batches), self.tokenizer):
+                self.tokens.extend(ids)
+            self.origins.append((position, len(self.tokens) - before))
+        tokens = torch.from_numpy(np.array(self.tokens[start : stop + 1], dtype=np.int64))
+        windows = tokens.unfold(0, self.sequence_length + 1, self.sequence_length)
         self.used = stop
         self.read_tokens += stop - start
         while self.used >= self.origins[0][1]:
