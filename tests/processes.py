@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 TIMEOUT = timedelta(minutes=1)  # of a collective: a test that waits for ever says nothing
-# The ranks are forked from a process that has imported these once and runs no threads.
-PRELOAD = ["modeling_minrnn", "torch.distributed.tensor", "train"]
+# The ranks are forked from a process that has imported this once and runs no threads.
+PRELOAD = ["preloaded"]
 
 
 def start_processes(function: Callable, arguments: tuple, count: int) -> None:

@@ -38,7 +38,7 @@ def processes(monkeypatch):
         "PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     )
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["small_runs"])
+    context.set_forkserver_preload(["preloaded"])
     return context
 
 
