@@ -4,6 +4,7 @@ B batch (the rows of this process), T time. A batch (2, B, T) is inputs and targ
 column "text"; end tokens separate them.
 """
 
+import array
 import glob
 import hashlib
 import json
@@ -11,7 +12,6 @@ import os
 import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
-from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -306,8 +306,8 @@ class TokenStream:
     def digest(self) -> str:
         """SHA-256 of the tokens."""
         digest = hashlib.sha256()
-        for array in self.arrays:
-            digest.update(np.ascontiguousarray(array))
+        for tokens in self.arrays:
+            digest.update(np.ascontiguousarray(tokens))
         return digest.hexdigest()
 
     def batches(self, chunk_tokens: int) -> Iterator[torch.Tensor]:
@@ -328,8 +328,8 @@ class TokenStream:
         """Tokens start to stop - 1 as int64 (stop - start,), fewer past the end."""
         first, last = np.searchsorted(self.starts, (start, stop), side="right") - 1
         parts = [
-            array[max(0, start - offset) : stop - offset]
-            for array, offset in zip(self.arrays[first : last + 1], self.starts[first : last + 1])
+            tokens[max(0, start - offset) : stop - offset]
+            for tokens, offset in zip(self.arrays[first : last + 1], self.starts[first : last + 1])
         ]
         return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
 
@@ -515,7 +515,7 @@ class StreamedWindows:
         self.batches: Iterator[list[str]] | None = None  # begun by the process that reads them
         self.position: dict[str, Any] | None = None  # in the documents; None: nothing is read yet
         # The tokens of whole batches of documents, each with the position before it and its length; how many are used.
-        self.tokens = array("I")
+        self.tokens = array.array("I")
         self.origins: deque[tuple[dict[str, Any] | None, int]] = deque()
         self.used = 0
         self.read_tokens = 0
