@@ -5,6 +5,7 @@ transformers take seconds. train.py and training/ are not in the wheel: `train` 
 """
 
 import argparse
+import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+
+
+def hush_torchao() -> None:
+    """Of a program: transformers imports torchao where it is installed, which warns of kernels for other devices and
+    of how it is made."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def load(folder: str, auto_class: str) -> tuple:
@@ -99,6 +107,7 @@ def main() -> None:
                 "pip install -e '.[train]' there, and then this command"
             )
         sys.path.insert(0, str(ROOT))  # as `python train.py` does
+    hush_torchao()
     sys.argv = [f"minrnn {options.command}", *options.arguments]
     if not isinstance(program, str):
         return program()
