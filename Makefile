@@ -11,9 +11,7 @@ BIN := .venv/bin
 
 train: .venv/trainable
 	$(BIN)/python train.py configs/demo.yaml $(ARGS)
-	$(BIN)/python -c 'from transformers import pipeline, set_seed; set_seed(0); \
-	  generate = pipeline("text-generation", "runs/demo", trust_remote_code=True); \
-	  print(generate("def read_", max_new_tokens=300, do_sample=True, temperature=0.7)[0]["generated_text"])'
+	$(BIN)/minrnn sample runs/demo 'def read_' --max-new-tokens 300 --temperature 0.7
 
 # Two workers on two cores: threads of their own would only get in each other's way. Each begins with half of the files,
 # so that what the tests of a file share is made once.
@@ -32,10 +30,11 @@ docs: .venv/documented
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What training needs. torch comes first and alone: where the index or a local folder offers a CPU build, this takes it.
+# With it comes setuptools, which builds this project: nothing needs to be installed once more for that.
 .venv/trainable: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt torch
-	$(BIN)/pip install --constraint constraints.txt --editable '.[cpu,train]'
+	$(BIN)/pip install --constraint constraints.txt --no-build-isolation --editable '.[cpu,train]'
 	touch $@
 
 # What the tests need beside it.
