@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_finish():
-    """Imports leave so much that each collection of garbage, several in a run of train.py, would take half a second."""
+    """Imports leave so much that each collection of garbage, one in each run of train.py, would take half a second."""
     gc.collect()
     gc.freeze()
 

@@ -15,7 +15,15 @@ from cases import CASES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import run_in_processes
-from small_models import MATRICES, WrittenOut, assert_close, random_ids, small_half_precision_model, small_model
+from small_models import (
+    MATRICES,
+    OPTIONS,
+    WrittenOut,
+    assert_close,
+    random_ids,
+    small_half_precision_model,
+    small_model,
+)
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -44,8 +52,14 @@ MODELS = {
     "mixed": (FULL | {"cell_type": ["aaren", "lmu", "rwkv4"], "num_hidden_layers": 3, "num_heads": 2}, None),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
-# Of what takes a compiler or an exporter seconds: not what differs in a candidate, or in the keys of its matrices.
-KINDS = [name for name in MODELS if not name.endswith(":linear") and name != "hgrn2"]
+# For what takes a compiler or an exporter seconds: models of several cells, a layer each. Not what differs in a
+# candidate, or in the keys of its matrices.
+GROUPS = [
+    ["mingru", "minlstm", "mingru_signed", "hgrn"],
+    ["aaren", "rwkv4", "lru", "rglru"],
+    ["gated_delta", "lmu"],
+]
+every_group = pytest.mark.parametrize("cells", GROUPS, ids="-".join)
 every_backend = pytest.mark.parametrize(
     "backend, dtype", [("torch", torch.float64), ("torch", torch.float32), ("numba", torch.float32)],
     ids=["torch-float64", "torch-float32", "numba-float32"],
@@ -62,6 +76,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:F
 
 def model_of(name, **fields):
     return small_model(**{"cell_type": name} | FIELDS | MODELS[name][0] | fields)
+
+
+def model_of_several(cells, **fields):
+    """A layer of each."""
+    values = {"num_heads": 2, "householder_steps": 2, "memory_order": 3, "memory_window": 9}
+    options = {option: values[option] for cell in cells for option in OPTIONS.get(cell, ())}
+    return small_model(cells, **FIELDS | FULL | options | {"num_hidden_layers": len(cells)} | fields)
 
 
 @functools.cache
@@ -344,9 +365,9 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler")
 # A compiler sees the same operator whatever backend computes it.
-@pytest.mark.parametrize("name, backend", [("mixed", "torch"), *((name, "numba") for name in KINDS)])
-def test_a_training_step_compiles_into_one_graph(name, backend):
-    model = model_of(name, scan_backend=backend).train()
+@pytest.mark.parametrize("cells, backend", [(GROUPS[1], "torch"), *((cells, "numba") for cells in GROUPS)], ids=str)
+def test_a_training_step_compiles_into_one_graph(cells, backend):
+    model = model_of_several(cells, scan_backend=backend).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = random_ids(2, 12)
     inputs = {
@@ -364,10 +385,10 @@ def test_a_training_step_compiles_into_one_graph(name, backend):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", KINDS)
+@every_group
 @torch.no_grad()
-def test_a_decode_step_with_a_static_cache_compiles_once(name):
-    model = model_of(name)
+def test_a_decode_step_with_a_static_cache_compiles_once(cells):
+    model = model_of_several(cells)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     ids = random_ids(2, 14)
     cache = StaticCache(config=model.config, max_cache_len=14)
@@ -395,19 +416,13 @@ def assert_programs_compute_what_the_model_does(model, prefill, decode):
                 close(torch.as_tensor(x), wanted)
 
 
-# minGRU and minLSTM are in test_export.py.
-@pytest.fixture(scope="module", params=KINDS[2:])
-def small_export(request):
-    """One layer of each cell; of the mixed model, all."""
-    name = request.param
-    return model_of(name, **({} if name == "mixed" else {"num_hidden_layers": 1}), intermediate_size=0)
-
-
+# The other cells are in the test below, minGRU and minLSTM in test_export.py.
 @torch.no_grad()
-def test_exported_programs_compute_what_the_model_does(small_export):
-    programs = {name: program.module() for name, program in export_programs(small_export).items()}
+def test_exported_programs_compute_what_the_model_does():
+    model = model_of_several(["aaren", "rglru", "lmu", "rwkv4"], **PLAIN, intermediate_size=0)
+    programs = {name: program.module() for name, program in export_programs(model).items()}
     assert_programs_compute_what_the_model_does(
-        small_export, programs["prefill"], lambda ids, *state: programs["decode"](ids, None, *state)
+        model, programs["prefill"], lambda ids, *state: programs["decode"](ids, None, *state)
     )
 
 

@@ -76,8 +76,7 @@ def outcome(folder):
 # ---- Exact resume
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("accumulation", "stream"), [(2, False), (1, True)])
 def test_a_run_resumed_at_any_step_ends_as_the_uninterrupted_one(run, streaming, kept, accumulation, stream):
     settings = SETTINGS | {"train.gradient_accumulation_steps": accumulation} | (streaming if stream else {})
     folder = run(**settings)
@@ -124,21 +123,17 @@ def test_a_piece_that_is_not_restored_shows(run, kept, monkeypatch, owner, name)
     assert outcome(folder) != expected
 
 
-def test_a_new_process_and_its_worker_go_on_as_the_old_ones_would_have(setting, streaming, tmp_path):
+def test_a_new_process_and_its_worker_go_on_as_the_old_ones_would_have(setting, streaming, train_main, tmp_path):
     """Two processes of one run do so in test_restart.py, two workers of one process in test_data.py."""
     config = setting(**SETTINGS, data=streaming["data"] | {"workers": 1})
     folder = tmp_path / "run"
-
-    def train_in_a_new_process(*overrides):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "train.py", config, *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    train_in_a_new_process("train.save_every_steps=4")
+    assert train_main(config, ["train.save_every_steps=4"]) == 0
     expected = outcome(folder)
     stop_at(folder, 4)
-    train_in_a_new_process("train.resume=true")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", config, "train.resume=true"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert outcome(folder) == expected
 
 
@@ -171,12 +166,14 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "process_0.
          "run.yaml", "manifest.json")  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "deleted"])
-def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_used(run, setting, train_main, capsys, how):
+def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_used(run, setting, train_main, capsys):
+    """Each file in one way, the manifest in all; any file in any way: `make soak`."""
     folder = run()
     expected = outcome(folder)
     config = setting(**{"train.resume": True})
-    for name in FILES:  # each in the checkpoint that the start before has written anew
+    ways = ("cut", "flipped", "deleted")
+    for name, how in [*zip(FILES[:-1], 2 * ways), *zip(3 * FILES[-1:], ways)]:
+        # In the checkpoint that the start before has written anew.
         file = folder / "checkpoints" / "step-00000008" / name
         data = file.read_bytes()
         if how == "deleted":

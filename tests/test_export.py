@@ -93,7 +93,7 @@ def test_onnx_files_write_the_same_200_tokens_as_generate(exported):
 
 
 def test_onnx_files_in_eight_bits_are_small_and_near(tmp_path):
-    model = small_model(hidden_size=128, num_hidden_layers=2, expansion_factor=1)
+    model = small_model(hidden_size=128, num_hidden_layers=1, expansion_factor=1)
     export_onnx(model, tmp_path / "int8", int8=True)
     ids = random_ids(2, 63)
     with torch.no_grad():

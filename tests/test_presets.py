@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,16 @@ def test_the_run_without_a_network_reads_local_text_by_a_tokenizer_that_is_there
     assert f"{model.num_parameters() / 1e6:.0f} million parameters" in (FOLDER / "README.md").read_text()
 
 
-def test_a_sweep_is_a_run_of_train_py_for_each_combination(tmp_path, monkeypatch):
+def test_a_sweep_is_a_run_of_train_py_for_each_combination(tmp_path, monkeypatch, train_main):
+    def train_here(command, cwd, check):
+        assert command[:2] == [sys.executable, "train.py"] and check
+        train_main(str(cwd / command[2]), command[3:])
+
+    monkeypatch.setattr("benchmarks.harness.subprocess.run", train_here)
     text, output = tmp_path / "text.txt", tmp_path / "rows.jsonl"
     text.write_text(TEXT)
     overrides = ["train.learning_rate=0.01,0.02", "model.cell_type=minlstm", "train.steps=4", "train.warmup_steps=2"]
+    overrides += ["train.batch_size=2", "train.sequence_length=32"]
     data = ["data.dataset=null", f"data.files=[{text}]", "data.held_out_tokens=200"]
     monkeypatch.setattr("sys.argv", ["sweep", "1m", *overrides, *data, "--output", str(output)])
     sweep.main()

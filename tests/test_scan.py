@@ -242,7 +242,7 @@ def test_any_masks_strides_and_upstream_gradients_equal_the_oracle(cell_type, ba
 # Precision
 
 
-LONG = {"torch": 262144, "numba": 262144, "triton": 300}  # tokens
+LONG = {"torch": 2**17, "numba": 2**17, "triton": 300}  # tokens
 CHANNELS = 2  # of each kind of gates
 
 
