@@ -1,5 +1,6 @@
 """The language models that the benchmarks compare: MinRNN, Llama and GPT-2 of 6 layers, width 384 and equal size."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -29,16 +30,17 @@ def transformers_of_equal_size(model: PreTrainedModel, positions: int) -> dict[s
 
     Depth and width are those of `model`; the width of the MLP makes up the count, GPT-2's position table included.
     """
-    target = model.num_parameters()
-    return {"llama": of_size(target, _llama, positions), "gpt2": of_size(target, _gpt2, positions)}
+    target, layers = model.num_parameters(), model.config.num_hidden_layers
+    builds = {name: functools.partial(build, layers) for name, build in (("llama", _llama), ("gpt2", _gpt2))}
+    return {name: of_size(target, build, positions) for name, build in builds.items()}
 
 
-def _llama(mlp_width: int, positions: int) -> LlamaForCausalLM:
+def _llama(layers: int, mlp_width: int, positions: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=mlp_width,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         max_position_embeddings=positions,
         **NO_TOKENS,
@@ -47,12 +49,12 @@ def _llama(mlp_width: int, positions: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def _gpt2(mlp_width: int, positions: int) -> GPT2LMHeadModel:
+def _gpt2(layers: int, mlp_width: int, positions: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=WIDTH,
         n_inner=mlp_width,
-        n_layer=LAYERS,
+        n_layer=layers,
         n_head=HEADS,
         n_positions=positions,
         embd_pdrop=0.0,

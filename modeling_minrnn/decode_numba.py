@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .cache_minrnn import LayerState
+from .matrix_numba import decode_token, free, room_for_gates
 from .modeling_minrnn import MinRNNCausalConv, MinRNNDecoderLayer, MinRNNMLP, MinRNNRecurrence
 from .norm import MinRNNRMSNorm
 from .scan_numba import (
@@ -312,9 +313,27 @@ def convolve(kept, x, window, weight, out_window, B, H, K):
             row[i] = rounded(row[i] + rounded(total, kept), kept)
 
 
+MATRICES = {"hgrn2": 1 << 10, "gated_delta": 1 << 11}  # codes beside those of `scan_numba`
+DELTA = MATRICES["gated_delta"]
+
 # What the kernel is told of a layer: seven sizes, then addresses, 0 for a part that is not there.
 WINDOW, STATE, OUT_WINDOW, OUT_STATE, Q, CONV, RNN_NORM, MLP_NORM = range(7, 15)
 IN_PROJ, GATE_PROJ, OUT_PROJ, UP_PROJ, DOWN_PROJ, FIELDS = range(15, 31, 3)  # each with its scale and bias
+
+
+def recur_of_matrices(code, columns, layer, projected, read, b_start, B, rows, carries):
+    """`recur` of `HGRN2` and `GatedDelta`, S = D + E = D n numbers."""
+    D, P, S, q = layer[1], layer[3], layer[1] + layer[2], floats(layer[Q])
+    n, is_delta = S // D, code == DELTA
+    heads = D // n
+    steps = (P - heads - D) // (heads + 2 * D) if is_delta else 1
+    rooms, gates, wide = room_for_gates(steps, 1, n)
+    for b in range(B):
+        start = (b_start + b) * S
+        state, out_state = floats(layer[STATE])[start : start + S], floats(layer[OUT_STATE])[start : start + S]
+        cell = is_delta, steps, heads, n, n
+        decode_token(cell, projected[b * P : b * P + P], q, state, out_state, read[b * D : b * D + D], gates, wide)
+    free(rooms)
 
 
 def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
@@ -325,6 +344,8 @@ def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
 def recur_of(code, columns, layer, projected, read, b_start, B, rows, carries):
     """Compiled for each cell: what is inlined is copied with all that it is inlined in, which takes seconds."""
     of_code, of_columns = code.literal_value, columns.literal_value
+    if of_code in MATRICES.values():
+        return recur_of_matrices
 
     def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
         D, E, P, q = layer[1], layer[2], layer[3], floats(layer[Q])
@@ -493,7 +514,7 @@ def _kept(carried: LayerState, of_state: tuple[int, ...], of_window: tuple[int, 
 @functools.cache
 def _of_cell(cell, D: int) -> tuple[int, tuple[int, ...], int]:
     """Its code, -1 for a cell that has none, the blocks of `projected`, and the number of log-sums."""
-    return code_of(cell), cell.blocks(D), cell.log_sums(D)
+    return MATRICES.get(cell.name, code_of(cell)), cell.blocks(D), cell.state_numbers(D) - D
 
 
 def _stock(module, kind=None):

@@ -59,8 +59,14 @@ def matrix_backward(
     return torch.cat(d_projected[::-1], 1).to(inputs.projected.dtype), d_parameters, d_state.to(like), d_reset_state
 
 
-# On every device and for every choice of a backend: products of matrices, as torch has them.
-MATRIX_KERNELS = Kernels(NotImplemented, None, lambda cell: cell.has_matrices, matrix_forward, matrix_backward)
+def matrix_kernels(inputs: ScanInputs, backend: str) -> Kernels:
+    """Of "numba" those of `matrix_numba.py`, where it knows the cell; else products of matrices, as torch has them."""
+    if backend == "numba":
+        from .matrix_numba import backward, forward, fuses
+
+        if fuses(inputs):
+            return Kernels(NotImplemented, None, lambda cell: True, forward, backward)
+    return Kernels(NotImplemented, None, lambda cell: True, matrix_forward, matrix_backward)
 
 
 def _blocks(inputs: ScanInputs) -> list[tuple[Tensor, list[Tensor | None]]]:

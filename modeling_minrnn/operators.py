@@ -10,7 +10,7 @@ from torch._C._functorch import TransformType
 
 from .backends import NAMESPACE, Kernels, is_transformed, kernels, resolve_backend
 from .cells import cell_of
-from .matrix_recurrence import MATRIX_KERNELS
+from .matrix_recurrence import matrix_kernels
 from .scan_blocks import ScanInputs, backward, empty_outputs, forward
 from .tangent import tangent
 
@@ -24,10 +24,9 @@ def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _kernels(inputs: ScanInputs) -> Kernels:
-    if inputs.cell.has_matrices:
-        return MATRIX_KERNELS
     device_type = inputs.projected.device.type
-    return kernels(resolve_backend(inputs.backend, device_type, inputs.projected.dtype), device_type)
+    backend = resolve_backend(inputs.backend, device_type, inputs.projected.dtype)
+    return matrix_kernels(inputs, backend) if inputs.cell.has_matrices else kernels(backend, device_type)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())

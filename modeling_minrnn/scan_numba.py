@@ -750,6 +750,7 @@ def derived(cell, parameters):
     """q (1 or 2, D) of the kernels, from the parameters of a cell."""
     first, *others = parameters
     of_first = {"rglru": lambda x: 8 * softplus(x), "hgrn": torch.sigmoid, "rwkv4": torch.exp}
+    of_first |= {"hgrn2": torch.sigmoid, "gated_delta": torch.exp}
     return torch.stack([of_first[cell.name](first), *others])
 
 

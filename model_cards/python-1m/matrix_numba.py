@@ -1,0 +1,1 @@
+../../modeling_minrnn/matrix_numba.py
