@@ -151,6 +151,8 @@ class Cell:
         spec: the name and the options that are not the default, as an operator takes them: "aaren:num_heads=4".
         label: as people write it.
         source: where the equation is from.
+        num_blocks: of width D, that `projected` is made of.
+        unit: D is a multiple of it.
         parameter_names: learned vectors, of `parameter_channels` numbers each.
         splits_by_channel: whether tensor parallelism can give each process some channels of every block.
         remembers_by: what `max_timescale` sets at the start: "bias" of the projection, "parameters" or None, where a
@@ -161,18 +163,31 @@ class Cell:
     spec: ClassVar[str]  # of each instance
     label: ClassVar[str]
     source: ClassVar[str]
+    num_blocks: ClassVar[int]
+    unit: ClassVar[int] = 1
     parameter_names: ClassVar[tuple[str, ...]] = ()
     remembers_by: ClassVar[str | None] = None
     splits_by_channel: ClassVar[bool] = True
 
     def __post_init__(self):
-        options = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        changed = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+        changed = []
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{option.name} must be at least 1, not {value}")
+            if value != option.default:
+                changed.append(f"{option.name}={value}")
         object.__setattr__(self, "spec", ":".join([self.name, *changed]))
 
     def blocks(self, D: int) -> tuple[int, ...]:
         """Widths of what `projected` is made of, for a state of width D. Raises ValueError where D does not fit."""
-        raise NotImplementedError
+        if D % self.unit:
+            raise ValueError(f"the state width must be a multiple of {self.unit} for {self.spec!r}, not {D}")
+        return self.widths(D)
+
+    def widths(self, D: int) -> tuple[int, ...]:
+        """`blocks`, where they are not `num_blocks` of width D."""
+        return (D,) * self.num_blocks
 
     def log_sums(self, D: int) -> int:
         """E, how many log-sums there are beside the D numbers of h."""
@@ -191,12 +206,16 @@ class Cell:
 
     def state_width(self, projected_width: int) -> int:
         """D, from the width of `projected`. Raises ValueError for a width that none has."""
-        per_channel = len(self.blocks(0))
-        if projected_width == 0 or projected_width % per_channel:
+        fixed = sum(self.widths(0))
+        per_unit = sum(self.widths(self.unit)) - fixed
+        units, rest = divmod(projected_width - fixed, per_unit)
+        if units < 1 or rest:
+            needed = f"{per_unit / self.unit:g} D + {fixed}" if fixed else f"{per_unit / self.unit:g} D"
+            multiple = f", D a multiple of {self.unit}," if self.unit > 1 else ""
             raise ValueError(
-                f"projected must be (B, T, {per_channel} D) for {self.name!r}, not {projected_width} wide"
+                f"projected must be (B, T, {needed}){multiple} for {self.spec!r}, not {projected_width} wide"
             )
-        return projected_width // per_channel
+        return units * self.unit
 
     def parameter_channels(self, D: int) -> int:
         return D
@@ -208,11 +227,15 @@ class Cell:
         `max_timescale` is given to a cell that remembers by it."""
         if max_timescale is None or self.remembers_by != "bias":
             return {}
-        return {"bias": torch.cat(self.remembering_bias(log_uniform_timescales(D, max_timescale, device)))}
+        return {"bias": self.bias_of(self.remembering_gates(log_uniform_timescales(D, max_timescale, device)), D)}
 
-    def remembering_bias(self, timescales: Tensor) -> list[Tensor]:
-        """The bias of each block of the projection, with which a = exp(-1 / timescale) where the input is zero."""
+    def remembering_gates(self, timescales: Tensor) -> Tensor:
+        """The first blocks of `projected`, with which a = exp(-1 / timescale)."""
         raise NotImplementedError
+
+    def bias_of(self, gates: Tensor, D: int) -> Tensor:
+        """The bias of the projection that gives these gates to an input of zero."""
+        return F.pad(gates, (0, sum(self.widths(D)) - len(gates)))
 
     def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Any:
         """What one token, or each of several, does to h: `Convex` or `Linear`; to matrices: `Matrix`.
@@ -278,9 +301,7 @@ class MinGRU(_MinRNN):
     """a = sigmoid(-gate), c = g(x), projected = [gate | x]."""
 
     name, label, source = "mingru", "minGRU", "arXiv 2410.01201"
-
-    def blocks(self, D):
-        return D, D
+    num_blocks = 2
 
     def gates(self, projected, parameters, log_sums):
         gate, x = projected.chunk(2, -1)
@@ -289,9 +310,8 @@ class MinGRU(_MinRNN):
     def gates_backward(self, projected, d_log_odds, d_candidate):
         return torch.cat([d_log_odds, d_candidate * self._slope(projected.chunk(2, -1)[1])], -1)
 
-    def remembering_bias(self, timescales):
-        odds = torch.log(torch.expm1(1 / timescales))
-        return [odds, torch.zeros_like(odds)]
+    def remembering_gates(self, timescales):
+        return torch.log(torch.expm1(1 / timescales))
 
 
 @dataclass(frozen=True)
@@ -299,9 +319,7 @@ class MinLSTM(_MinRNN):
     """a = f / (f + i), f = sigmoid(forget), i = sigmoid(input), c = g(x), projected = [forget | input | x]."""
 
     name, label, source = "minlstm", "minLSTM", "arXiv 2410.01201"
-
-    def blocks(self, D):
-        return D, D, D
+    num_blocks = 3
 
     def gates(self, projected, parameters, log_sums):
         forget, input_, x = projected.chunk(3, -1)
@@ -316,9 +334,9 @@ class MinLSTM(_MinRNN):
         d_forget, d_input = torch.sigmoid(-forget).mul_(d_log_odds).neg_(), torch.sigmoid(-input_).mul_(d_log_odds)
         return torch.cat([d_forget, d_input, d_candidate * self._slope(x)], -1)
 
-    def remembering_bias(self, timescales):
+    def remembering_gates(self, timescales):
         odds = torch.log(torch.expm1(1 / timescales))
-        return [-odds, odds, torch.zeros_like(odds)]  # i = 1 - f, and so a = f / (f + i) = f
+        return torch.cat([-odds, odds])  # i = 1 - f, and so a = f / (f + i) = f
 
 
 @dataclass(frozen=True)
@@ -329,10 +347,8 @@ class SignedMinGRU(Cell):
     """
 
     name, label, source = "mingru_signed", "signed minGRU", "arXiv 2411.12537"
+    num_blocks = 3
     remembers_by = "bias"
-
-    def blocks(self, D):
-        return D, D, D
 
     def gates(self, projected, parameters, log_sums):
         decay, gate, x = projected.chunk(3, -1)
@@ -346,41 +362,36 @@ class SignedMinGRU(Cell):
         log_decay = torch.where(double < math.log(2), near, far) - torch.log1p(torch.exp(-double))
         return Linear(log_decay, sigmoid(gate) * x, sign)
 
-    def remembering_bias(self, timescales):
-        decay = torch.atanh(torch.exp(-1 / timescales))
-        return [decay, torch.zeros_like(decay), torch.zeros_like(decay)]
-
-
-def _check_heads(num_heads: int, D: int) -> None:
-    if num_heads < 1 or D % num_heads:
-        raise ValueError(f"num_heads must divide the state width, {D}, not be {num_heads}")
+    def remembering_gates(self, timescales):
+        return torch.atanh(torch.exp(-1 / timescales))
 
 
 @dataclass(frozen=True)
-class Aaren(Cell):
+class _Heads(Cell):
+    """num_heads groups of D / num_heads channels."""
+
+    num_heads: int = 1
+    splits_by_channel = False
+
+    @property
+    def unit(self):
+        return self.num_heads
+
+
+@dataclass(frozen=True)
+class Aaren(_Heads):
     """Attention of one constant query a head over the whole past: h is the mean of v, weighted by exp(score).
 
     L[t] = log(exp(L[t-1]) + exp(score)), a = exp(L[t-1] - L[t]), c = v, projected = [score a head | v].
     """
 
-    num_heads: int = 1
     name, label, source = "aaren", "Aaren", "arXiv 2405.13956"
-    splits_by_channel = False
 
-    def blocks(self, D):
-        _check_heads(self.num_heads, D)
+    def widths(self, D):
         return self.num_heads, D
 
     def log_sums(self, D):
         return self.num_heads
-
-    def state_width(self, projected_width):
-        D = projected_width - self.num_heads
-        if D < 1 or D % self.num_heads:
-            raise ValueError(
-                f"projected must be (B, T, {self.num_heads} + D), D a multiple of {self.num_heads}, for 'aaren'"
-            )
-        return D
 
     def gates(self, projected, parameters, log_sums):
         score, v = projected.tensor_split([self.num_heads], -1)
@@ -400,12 +411,10 @@ class RWKV4(Cell):
     """
 
     name, label, source = "rwkv4", "RWKV-4", "arXiv 2305.13048"
+    num_blocks = 3
     parameter_names = ("decay", "bonus")
     remembers_by = "parameters"
     reads_out = True
-
-    def blocks(self, D):
-        return D, D, D
 
     def log_sums(self, D):
         return D
@@ -448,17 +457,11 @@ class LRU(Cell):
     splits_by_channel = False
     parameter_names = ("nu", "theta", "gamma")
     remembers_by = "parameters"
+    unit = 2
     RING = (0.4, 0.999)  # of |a| at the start
 
-    def blocks(self, D):
-        if D % 2:
-            raise ValueError(f"the state width must be even for 'lru', whose numbers are complex, not {D}")
+    def widths(self, D):
         return D // 2, D // 2
-
-    def state_width(self, projected_width):
-        if projected_width == 0 or projected_width % 2:
-            raise ValueError(f"projected must be (B, T, D), D even, for 'lru', not {projected_width} wide")
-        return projected_width
 
     def parameter_channels(self, D):
         return D // 2
@@ -490,11 +493,9 @@ class RGLRU(Cell):
     """
 
     name, label, source = "rglru", "RG-LRU", "arXiv 2402.19427"
+    num_blocks = 3
     parameter_names = ("decay",)
     remembers_by = "parameters"
-
-    def blocks(self, D):
-        return D, D, D
 
     def log_sums(self, D):
         return 1
@@ -526,11 +527,9 @@ class HGRN(Cell):
     """
 
     name, label, source = "hgrn", "HGRN", "arXiv 2311.04823"
+    num_blocks = 2
     parameter_names = ("bound",)
     remembers_by = "bias"
-
-    def blocks(self, D):
-        return D, D
 
     def gates(self, projected, parameters, log_sums):
         forget, x = projected.chunk(2, -1)
@@ -549,17 +548,15 @@ class HGRN(Cell):
         if max_timescale is not None:
             a = torch.exp(-1 / log_uniform_timescales(D, max_timescale, device))
             share = ((a - bound) / (1 - bound)).clamp(1e-3)  # of sigmoid(forget); a shorter memory than l has none
-            initial["bias"] = torch.cat([torch.logit(share), share.new_zeros(sum(self.blocks(D)[1:]))])
+            initial["bias"] = self.bias_of(torch.logit(share), D)
         return initial
 
 
 @dataclass(frozen=True)
-class _Matrices(Cell):
+class _Matrices(_Heads):
     """A state of num_heads matrices, of n = D / num_heads rows and columns each."""
 
-    num_heads: int = 1
     has_matrices = True
-    splits_by_channel = False
 
     def state_numbers(self, D):
         return D * D // self.num_heads
@@ -577,15 +574,7 @@ class HGRN2(_Matrices, HGRN):
     """
 
     name, label, source = "hgrn2", "HGRN2", "arXiv 2404.07904"
-
-    def blocks(self, D):
-        _check_heads(self.num_heads, D)
-        return D, D, D
-
-    def state_width(self, projected_width):
-        D = super().state_width(projected_width)
-        _check_heads(self.num_heads, D)
-        return D
+    num_blocks = 3
 
     def gates(self, projected, parameters, log_sums):
         forget, v, q = projected.chunk(3, -1)
@@ -608,25 +597,9 @@ class GatedDelta(_Matrices):
     parameter_names = ("decay", "step")
     remembers_by = "parameters"
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.householder_steps < 1:
-            raise ValueError(f"householder_steps must be at least 1, not {self.householder_steps}")
-
-    def blocks(self, D):
-        _check_heads(self.num_heads, D)
+    def widths(self, D):
         steps = self.householder_steps
         return self.num_heads, steps * self.num_heads, steps * D, steps * D, D
-
-    def state_width(self, projected_width):
-        steps, heads = self.householder_steps, self.num_heads
-        D = (projected_width - heads * (1 + steps)) // (1 + 2 * steps)
-        if D < 1 or D % heads or sum(self.blocks(D)) != projected_width:
-            raise ValueError(
-                f"projected must be (B, T, {1 + 2 * steps} D + {heads * (1 + steps)}), D a multiple of {heads}, for "
-                f"{self.name!r}, not {projected_width} wide"
-            )
-        return D
 
     def parameter_channels(self, D):
         return self.num_heads
@@ -669,21 +642,18 @@ class LMU(Cell):
     name, label, source = "lmu", "LMU", "arXiv 2102.11417"
     splits_by_channel = False
 
-    def blocks(self, D):
-        if D % self.memory_order:
-            raise ValueError(f"memory_order must divide the state width, {D}, not be {self.memory_order}")
-        return (D // self.memory_order,)
+    @property
+    def unit(self):
+        return self.memory_order
 
-    def state_width(self, projected_width):
-        return projected_width * self.memory_order
+    def widths(self, D):
+        return (D // self.memory_order,)
 
     def log_decay(self, projected, parameters, log_sums):
         return projected.new_full((1,), -1 / self.memory_window)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.memory_order < 1:
-            raise ValueError(f"memory_order must be at least 1, not {self.memory_order}")
         object.__setattr__(self, "system", self._system(self.memory_order, self.memory_window))
 
     @staticmethod
@@ -695,16 +665,8 @@ class LMU(Cell):
         generator = np.zeros((order + 1, order + 1))
         generator[:-1, :-1], generator[:-1, -1:] = signs, (-1.0) ** row
         generator[:-1] *= (2 * row + 1) / window
-        # exp(generator) = [[A, B], [0, 1]], by its series after halving, and squaring as often.
-        halvings = max(0, math.ceil(math.log2(np.abs(generator).sum(1).max()))) + 2
-        small = generator / 2**halvings
-        term, total = np.eye(order + 1), np.eye(order + 1)
-        for n in range(1, 20):
-            term = term @ small / n
-            total = total + term
-        for _ in range(halvings):
-            total = total @ total
-        return total[:-1, :-1], total[:-1, -1]
+        exponential = torch.linalg.matrix_exp(torch.from_numpy(generator)).numpy()  # [[A, B], [0, 1]]
+        return exponential[:-1, :-1], exponential[:-1, -1]
 
 
 CELLS: dict[str, type[Cell]] = {

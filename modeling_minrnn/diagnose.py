@@ -42,11 +42,8 @@ class StateReport:
         log_sums = torch.cat([start[:, None], states.to(start.dtype)[:, :-1]], 1)[..., size:]
         log_decay = cell.log_decay(projected.to(start.dtype), parameters, log_sums)
         log_decay = log_decay.expand(*states.shape[:2], -1).clamp(min=SMALLEST_LOG)
-        states, real = (
-            states[..., :size],
-            torch.ones_like(states[..., 0], dtype=torch.bool) if padding is None else ~padding,
-        )
-        log_decay, states = log_decay[real].float(), states[real].float()
+        real = torch.ones_like(states[..., 0], dtype=torch.bool) if padding is None else ~padding
+        log_decay, states = log_decay[real].float(), states[real][:, :size].float()
         if not len(states):
             return
         self.tokens += len(states)

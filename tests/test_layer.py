@@ -342,7 +342,7 @@ X = torch.randn(6, 3, C)
         (lambda: MinGRU(C, 4, 0), "num_layers must be at least 1, not 0"),
         (lambda: MinGRU(C, 4, 2, dropout=1.0), r"dropout must be in \[0, 1\), not 1.0"),
         (lambda: MinRNN(C, 4, cell_type="gru"), "cell_type must be one of .*, not 'gru'"),
-        (lambda: MinRNN(C, 5, cell_type="lru"), "the state width must be even for 'lru'"),
+        (lambda: MinRNN(C, 5, cell_type="lru"), "the state width must be a multiple of 2 for 'lru', not 5"),
         (lambda: MinGRU(C, 4, max_timescale=0.5), "max_timescale must be None or a number of steps >= 1, not 0.5"),
         (lambda: MinGRU(C, 4, bias=False, max_timescale=9), "max_timescale .* by a bias that is not there"),
         (lambda: MinRNN(C, 4, cell_type="lmu", max_timescale=9), "max_timescale .* by a cell that is not there"),

@@ -45,9 +45,7 @@ class UnnormalisedMinLSTM(Cell):
     """minLSTM with its gates as they are: h[t] = f h[t-1] + i g(v), f = sigmoid(forget), i = sigmoid(input)."""
 
     name, label, source = "minlstm_unnormalised", "minLSTM, f and i not normalised", "arXiv 2410.01201"
-
-    def blocks(self, D: int) -> tuple[int, ...]:
-        return D, D, D
+    num_blocks = 3
 
     def gates(self, projected: Tensor, parameters: Tensor, log_sums: Tensor) -> Linear:
         forget, input_, v = projected.chunk(3, -1)
