@@ -1,5 +1,4 @@
-"""torch.func, forward mode and second derivatives: those of the step in a loop, which torch itself differentiates, or
-one line that says what to do."""
+"""torch.func, forward mode and second derivatives: those of the step in a loop, or one line that says what to do."""
 
 import inspect
 import re
@@ -178,17 +177,21 @@ def second_derivatives(function, x):
 
 @pytest.mark.parametrize("name", second_derivatives(torch.sum, torch.zeros(1)))
 @every_cell
-def test_a_derivative_of_the_backward_pass_is_refused_and_the_loop_recommended(cell, name):
+def test_second_derivatives_are_those_of_the_loop_or_it_is_recommended(cell, name):
     projected, _, _, *vectors = given(cell, torch.float64)
     projected, named = projected[:1, :3], dict(zip(cell.parameter_names, vectors))
 
     def function(backend):
         return lambda x: minrnn_scan(x, cell, parameters=named, backend=backend)[0].square().sum()
 
-    with pytest.raises(RuntimeError, match='^minrnn_scan .* once; .* backend="loop" .* scan_backend="loop"\\)$'):
-        second_derivatives(function("torch"), projected)[name]()
     result = second_derivatives(function("loop"), projected)[name]()
     assert result is True or result.any()
+    if name in ("backward twice", "gradgradcheck"):
+        with pytest.raises(RuntimeError, match='^minrnn_scan .* once; .* backend="loop" .* scan_backend="loop"\\)$'):
+            second_derivatives(function("torch"), projected)[name]()
+    else:
+        actual = second_derivatives(function("torch"), projected)[name]()
+        assert_same([actual.detach()], [result.detach()], torch.float64)
 
 
 def conv(backend):
@@ -243,23 +246,20 @@ def test_a_model_is_differentiated_by_torch_func_as_with_the_loop():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
-def test_a_compiler_leaves_torch_func_to_eager_mode_or_says_why():
+def test_a_compiler_takes_torch_func():
     function = squares(lambda x: minrnn_scan(x, "mingru", backend="torch"))
     x, along = normal(B, T, 4, seed=0), normal(B, T, 4, seed=1)
     for derivative in (lambda x: jvp(function, (x,), (along,))[1], vmap(grad(lambda x: function(x[None])))):
         torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(derivative, backend="aot_eager")(x), derivative(x))
-        torch._dynamo.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported, match='need backend="loop"'):
-            torch.compile(derivative, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(torch.compile(derivative, backend="aot_eager", fullgraph=True)(x), derivative(x))
     torch._dynamo.reset()
 
 
-def test_functionalize_takes_the_operator():
+def test_functionalize_takes_the_scan():
     x = normal(B, T, 4, seed=0)
     expected = minrnn_scan(x, "mingru", backend="torch")
     for actual, wanted in zip(functionalize(lambda x: minrnn_scan(x, "mingru", backend="torch"))(x), expected):
-        assert torch.equal(actual, wanted)
+        torch.testing.assert_close(actual, wanted)
 
 
 @pytest.fixture
@@ -298,5 +298,5 @@ def test_every_custom_operator_and_autograd_function_is_one_of_those_above():
         "scan", "scan_backward", "causal_conv", "causal_conv_backward", "rms_norm", "rms_norm_backward",
     }  # fmt: skip
     assert source.count("custom_op(") == 6
-    assert set(re.findall(r"class (\w+)\(torch.autograd.Function\)", source)) == {"Scan", "ScanBackward", "AllGather"}
-    assert source.count("autograd.Function") == 3
+    assert set(re.findall(r"class (\w+)\(torch.autograd.Function\)", source)) == {"AllGather"}
+    assert source.count("autograd.Function") == 1

@@ -1,0 +1,1 @@
+../../modeling_minrnn/scan_plain.py

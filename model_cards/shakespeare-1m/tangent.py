@@ -1,1 +1,0 @@
-../../modeling_minrnn/tangent.py
