@@ -1,20 +1,12 @@
 """minGRU, minLSTM (arXiv 2410.01201) and kin for transformers. Importing it registers them with the Auto classes."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
 
 from .chunked_backward import sequence_chunked_backward
 from .configuration_minrnn import MinRNNConfig
 from .layer import MinGRU, MinLSTM, MinRNN
 from .modeling_minrnn import (
+    AUTO_MAP,
     NO_LOGITS,
     MinRNNForCausalLM,
     MinRNNForMaskedLM,
@@ -30,14 +22,10 @@ from .state_file import load_state, save_state
 
 __version__ = "0.1.0"
 
-AutoConfig.register("minrnn", MinRNNConfig)
-AutoModel.register(MinRNNConfig, MinRNNModel)
-AutoModelForCausalLM.register(MinRNNConfig, MinRNNForCausalLM)
-AutoModelForMaskedLM.register(MinRNNConfig, MinRNNForMaskedLM)
-AutoModelForMultipleChoice.register(MinRNNConfig, MinRNNForMultipleChoice)
-AutoModelForQuestionAnswering.register(MinRNNConfig, MinRNNForQuestionAnswering)
-AutoModelForSequenceClassification.register(MinRNNConfig, MinRNNForSequenceClassification)
-AutoModelForTokenClassification.register(MinRNNConfig, MinRNNForTokenClassification)
+transformers.AutoConfig.register("minrnn", MinRNNConfig)
+for auto_class, path in AUTO_MAP.items():
+    if auto_class != "AutoConfig":
+        getattr(transformers, auto_class).register(MinRNNConfig, globals()[path.split(".")[1]])
 
 __all__ = [
     "NO_LOGITS",

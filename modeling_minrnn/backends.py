@@ -45,31 +45,17 @@ class Kernels(NamedTuple):
 @functools.cache
 def kernels(backend: str, device_type: str) -> Kernels:
     """The kernels of "torch" or of a backend of COMPILED. Raises ImportError where they are not installed."""
+    if backend == "numba":
+        from .scan_numba import NUMBA_KERNELS
+
+        return NUMBA_KERNELS
+    if backend != "torch":
+        from .scan_triton import triton_kernels
+
+        return triton_kernels(batch_invariant=backend == "triton_batch_invariant")
     from .scan_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_ACCELERATOR, solve
 
-    if backend == "torch":
-        return Kernels(solve, BLOCK_ELEMENTS if device_type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR)
-    if backend == "numba":
-        from .scan_numba import BLOCK_ELEMENTS as BLOCK_ELEMENTS_NUMBA
-        from .scan_numba import backward, forward, fuses
-        from .scan_numba import solve as numba_solve
-
-        return Kernels(numba_solve, BLOCK_ELEMENTS_NUMBA, fuses, forward, backward, COMPILED[backend])
-    from .scan_triton import FUSED, INTERPRETED
-    from .scan_triton import backward as triton_backward
-    from .scan_triton import forward as triton_forward
-    from .scan_triton import solve as triton_solve
-
-    fixed = functools.partial(functools.partial, batch_invariant=backend == "triton_batch_invariant")
-    devices = ("cpu",) if INTERPRETED else COMPILED[backend]
-    return Kernels(
-        fixed(triton_solve),
-        None,
-        lambda cell: cell.spec in FUSED,
-        fixed(triton_forward),
-        fixed(triton_backward),
-        devices,
-    )
+    return Kernels(solve, BLOCK_ELEMENTS if device_type == "cpu" else BLOCK_ELEMENTS_ACCELERATOR)
 
 
 @torch.compiler.assume_constant_result  # for a compiler the answer does not change

@@ -305,7 +305,7 @@ class MinRNN(nn.Module):
         cell, dtype, parameters = self.cell, projected.dtype, projection.parameters_of_cell(projected)
         if time_deltas is not None:
             cell, projected, parameters = _over_time(cell, projected, parameters, time_deltas)
-        scanned = scan_states(projected, cell, state, parameters, masks.reset, masks.padding, backend=self.backend)
+        scanned = scan_states(projected, cell, state, parameters, masks, backend=self.backend)
         return scanned.outputs.to(dtype), scanned.final_state
 
     def extra_repr(self) -> str:

@@ -131,6 +131,8 @@ def reset_mask_of(
         token. Its position tells, where it is that of the first token of all. What cannot tell is refused: numbers of
         documents without positions, and positions of which other documents begin elsewhere.
     """
+    if reset_mask is None and seq_idx is None and cu_seq_lens_q is None and position_ids is None:
+        return None
     for name, tensor in (("reset_mask", reset_mask), ("seq_idx", seq_idx), ("position_ids", position_ids)):
         if tensor is not None and tensor.shape not in ((B, T), (1, T)):
             raise ValueError(f"{name} must be ({B}, {T}), or (1, {T}) for all rows alike, not {tuple(tensor.shape)}")

@@ -59,19 +59,6 @@ except ImportError:  # transformers < 5.20
         return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
-# Every class that a saved model can be loaded as, for transformers' Auto classes.
-AUTO_MAP = {
-    "AutoConfig": "configuration_minrnn.MinRNNConfig",
-    "AutoModel": "modeling_minrnn.MinRNNModel",
-    "AutoModelForCausalLM": "modeling_minrnn.MinRNNForCausalLM",
-    "AutoModelForMaskedLM": "modeling_minrnn.MinRNNForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_minrnn.MinRNNForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_minrnn.MinRNNForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_minrnn.MinRNNForQuestionAnswering",
-    "AutoModelForMultipleChoice": "modeling_minrnn.MinRNNForMultipleChoice",
-}
-
-
 # Trainer (for label smoothing) and the pipelines look in these tables for the name of a model's class.
 TASK_NAMES = {
     "ForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -81,6 +68,9 @@ TASK_NAMES = {
     "ForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     "ForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
 }
+# Every class that a saved model can be loaded as, for transformers' Auto classes.
+AUTO_MAP = {"AutoConfig": "configuration_minrnn.MinRNNConfig", "AutoModel": "modeling_minrnn.MinRNNModel"}
+AUTO_MAP |= {f"AutoModel{task}": f"modeling_minrnn.MinRNN{task}" for task in TASK_NAMES}
 
 # What libraries pass to any model, beside the arguments of MinRNNModel.forward; none of it changes what is computed.
 KNOWN_ARGUMENTS = {
@@ -150,26 +140,16 @@ class MinRNNRecurrence(CellProjection):
         Of matrices the states are those of the latest tokens, as many as may have to be gone back to.
         """
         # Within this forward, as parameters may be offloaded or sharded outside that of their own module.
-        reset_state = self.start(hidden_states)
-        state = reset_state.expand(hidden_states.shape[0], -1)
-        exact_states = False
-        if carried is not None:
-            # A state to go back to must be as exact as the final one, whatever the dtype of the model.
-            state, exact_states = carried.state_or(state), carried.record_past
+        start = self.start(hidden_states)
+        state, latest = start.expand(hidden_states.shape[0], -1), 0
         projected = self.in_proj(hidden_states)
-        scanned = scan_states(
-            projected.to(state.dtype) if exact_states else projected,
-            self.cell,
-            state,
-            self.parameters_of_cell(projected),
-            masks.reset,
-            masks.padding,
-            reset_state,
-            self.backend,
-            group,
-            MAX_ROLLBACK_TOKENS + 1 if exact_states else 0,
-        )
-        outputs = scanned.outputs.to(projected.dtype)
+        dtype, parameters = projected.dtype, self.parameters_of_cell(projected)
+        if carried is not None:
+            state = carried.state_or(state)
+            if carried.record_past:  # a state to go back to must be as exact as the final one, whatever the dtype
+                projected, latest = projected.to(state.dtype), MAX_ROLLBACK_TOKENS + 1
+        scanned = scan_states(projected, self.cell, state, parameters, masks, start, self.backend, group, latest)
+        outputs = scanned.outputs.to(dtype)
         if self.gate_proj is not None:
             outputs = outputs * F.silu(self.gate_proj(hidden_states))
         return self.out_proj(outputs), scanned.all_states(), scanned.final_state
@@ -369,7 +349,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
                 projected = rnn.in_proj(hidden_states)
                 parameters, states = rnn.parameters_of_cell(projected), output[1]
                 if rnn.cell.has_matrices:
-                    scanned = scan_states(projected, rnn.cell, start, parameters, None, masks.padding, backend="loop")
+                    scanned = scan_states(projected, rnn.cell, start, parameters, masks, backend="loop")
                     states = scanned.all_states()
                 report.add(rnn.cell, projected, parameters, start, states, masks.padding)
 
@@ -481,13 +461,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         for i, layer in enumerate(layers):
             cache_layer = None if past_key_values is None else past_key_values.layers[i]
             carried = None if cache_layer is None else cache_layer.read()
-            hidden_states, *left = layer(
-                hidden_states,
-                masks,
-                carried=carried,
-                reverse_masks=reverse_masks,
-                context_parallel_group=group,
-            )
+            hidden_states, *left = layer(hidden_states, masks, carried, reverse_masks, group)
             if cache_layer is not None:
                 cache_layer.update(*left, num_tokens=num_tokens)
         return hidden_states
@@ -701,29 +675,21 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         The other arguments are those of MinRNNModel.
         """
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         # No product for nothing: after it fully_shard would let go of the head before the loss has used it.
         logits = self.lm_head(kept) if kept.shape[1] else kept.new_empty(*kept.shape[:2], self.vocab_size)
         loss = None
-        if labels is not None and kwargs.get("context_parallel_group") and kwargs.get("shift_labels") is None:
-            raise ValueError("with a context_parallel_group pass shift_labels: the next chunk is on another rank")
-        if labels is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        elif labels is not None:
-            loss = self._loss_in_chunks(outputs.last_hidden_state, labels, **kwargs)
+        if labels is not None:
+            if kwargs.get("context_parallel_group") and kwargs.get("shift_labels") is None:
+                raise ValueError("with a context_parallel_group pass shift_labels: the next chunk is on another rank")
+            if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            else:
+                loss = self._loss_in_chunks(outputs.last_hidden_state, labels, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
     def _loss_in_chunks(
@@ -834,10 +800,8 @@ class MinRNNForSequenceClassification(MinRNNSequenceScorer):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """
@@ -847,22 +811,12 @@ class MinRNNForSequenceClassification(MinRNNSequenceScorer):
 
         The other arguments are those of MinRNNModel.
         """
-        logits, outputs = self.scores(
-            input_ids,
-            attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        logits, outputs = self.scores(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
 
@@ -1023,13 +977,4 @@ MinRNNForCausalLM.forward.__signature__ = inspect.signature(MinRNNForCausalLM.fo
 for _auto_class, _path in AUTO_MAP.items():
     globals()[_path.split(".")[1]].register_for_auto_class(_auto_class)
 
-__all__ = [
-    "MinRNNPreTrainedModel",
-    "MinRNNModel",
-    "MinRNNForCausalLM",
-    "MinRNNForMaskedLM",
-    "MinRNNForSequenceClassification",
-    "MinRNNForTokenClassification",
-    "MinRNNForQuestionAnswering",
-    "MinRNNForMultipleChoice",
-]
+__all__ = ["MinRNNPreTrainedModel", "MinRNNModel", *(f"MinRNN{task}" for task in TASK_NAMES)]

@@ -17,6 +17,7 @@ from .cells import PRIMITIVES, Cell, advance, advance_log_sum, advance_matrix, c
 from .configuration_minrnn import BACKENDS
 from .context_parallel import context_parallel_scan
 from .dense_recurrence import dense_step
+from .masks import NO_MASKS, Masks
 from .operators import ScanInputs, scan
 
 
@@ -71,11 +72,10 @@ def minrnn_scan(
         ImportError: a backend that is not installed.
     """
     cell = cell_type if isinstance(cell_type, Cell) else cell_of(cell_type)
-    states = scan_states(
-        projected, cell, initial_state, stack_parameters(cell, parameters or {}, projected), reset_mask, padding_mask,
-        reset_state, backend, group,
-    )  # fmt: skip
-    return states.outputs, states.final_state
+    masks = Masks(padding_mask, reset_mask)
+    stacked = stack_parameters(cell, parameters or {}, projected)
+    scanned = scan_states(projected, cell, initial_state, stacked, masks, reset_state, backend, group)
+    return scanned.outputs, scanned.final_state
 
 
 def linear_scan(
@@ -125,8 +125,9 @@ def linear_scan(
         states = [None if x is None else torch.cat([x.real, x.imag], -1) for x in states]
     projected = torch.cat(columns, -1)
     cell = PRIMITIVES["linear:turned=phase" if is_complex else "linear" if sign is None else "linear:turned=sign"]
+    masks = Masks(padding_mask, reset_mask)
     outputs, _, final_state = scan_states(
-        projected, cell, states[0], projected.new_empty(0), reset_mask, padding_mask, states[1], backend
+        projected, cell, states[0], projected.new_empty(0), masks, states[1], backend
     )
     if is_complex:
         return torch.complex(*outputs.chunk(2, -1)), torch.complex(*final_state.chunk(2, -1))
@@ -154,8 +155,7 @@ def scan_states(
     cell: Cell,
     initial_state: Tensor | None,
     parameters: Tensor,
-    reset_mask: Tensor | None = None,
-    padding_mask: Tensor | None = None,
+    masks: Masks = NO_MASKS,
     reset_state: Tensor | None = None,
     backend: str = "auto",
     group: "torch.distributed.ProcessGroup | None" = None,
@@ -165,14 +165,14 @@ def scan_states(
 
     parameters: of `stack_parameters`. latest_states: how many at the end `ScanOutputs.all_states` has to hold.
     """
-    D = _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state, backend)
+    D = _check(projected, cell, initial_state, masks, reset_state, backend)
     if backend in COMPILED:  # refused here, even where a single step would not need it
         resolve_backend(backend, projected.device.type, projected.dtype)
     dtype = state_dtype(projected.dtype)
     start = cell.start(D, dtype, projected.device)
     initial_state = start.expand(projected.shape[0], -1) if initial_state is None else initial_state.to(dtype)
     reset_state = start if reset_state is None else reset_state.to(dtype)
-    inputs = ScanInputs(projected, parameters, initial_state, reset_state, reset_mask, padding_mask, cell, backend)
+    inputs = ScanInputs(projected, parameters, initial_state, reset_state, masks.reset, masks.padding, cell, backend)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs[:4])
     if backend == "log":
         return ScanOutputs(*_log_space(inputs, group))
@@ -204,7 +204,7 @@ def stack_parameters(cell: Cell, parameters: Mapping[str, Tensor], like: Tensor)
     return torch.stack([parameters[name] for name in cell.parameter_names]).to(state_dtype(like.dtype))
 
 
-def _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state, backend) -> int:
+def _check(projected, cell, initial_state, masks, reset_state, backend) -> int:
     """Raise ValueError for arguments that do not fit together; return D."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {list(BACKENDS)}, not {backend!r}")
@@ -220,7 +220,7 @@ def _check(projected, cell, initial_state, reset_mask, padding_mask, reset_state
     for name, state, shape in (("initial_state", initial_state, (B, S)), ("reset_state", reset_state, (S,))):
         if state is not None and state.shape != shape:
             raise ValueError(f"{name} must be {shape} for {cell.name!r}, not {tuple(state.shape)}")
-    for name, mask in (("reset_mask", reset_mask), ("padding_mask", padding_mask)):
+    for name, mask in (("reset_mask", masks.reset), ("padding_mask", masks.padding)):
         if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
             raise ValueError(f"{name} must be bool (B, T) = {(B, T)}, not {mask.dtype} {tuple(mask.shape)}")
     return D

@@ -30,6 +30,7 @@ try:
 except ImportError as error:
     raise ImportError('the "numba" backend needs numba: pip install numba') from error
 
+from .backends import COMPILED, Kernels
 from .cells import NOTHING_SEEN, Cell, softplus
 from .scan_blocks import ScanInputs, derivative, empty_outputs
 
@@ -384,10 +385,6 @@ CODES |= {"aaren": AAREN | LINEAR, "rwkv4": RWKV | LINEAR}
 def code_of(cell: Cell) -> int:
     """Which gates of this file are those of a cell; -1 for a cell that has none."""
     return CODES.get(cell.spec.partition(":num_heads=")[0], -1)
-
-
-def fuses(cell: Cell) -> bool:
-    return code_of(cell) >= 0
 
 
 @numba.njit(inline="always")
@@ -825,3 +822,6 @@ def solve(share, inflow, carry, reverse=False):
     states, carry = inflow.contiguous(), carry.to(torch.float64, memory_format=torch.contiguous_format, copy=True)
     run(solve_kernel, (share, stride, states, carry, T, D, reverse), 1, D)
     return states, carry
+
+
+NUMBA_KERNELS = Kernels(solve, BLOCK_ELEMENTS, lambda cell: code_of(cell) >= 0, forward, backward, COMPILED["numba"])

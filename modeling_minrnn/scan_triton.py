@@ -29,6 +29,7 @@ try:
 except ImportError as error:
     raise ImportError('the "triton" backend needs triton: pip install triton') from error
 
+from .backends import COMPILED, Kernels
 from .cells import PRIMITIVES
 from .scan_blocks import ScanInputs
 
@@ -554,3 +555,9 @@ def processors(device: torch.device) -> int:
         return 1
     properties = torch.get_device_module(device.type).get_device_properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def triton_kernels(batch_invariant: bool) -> Kernels:
+    fixed = functools.partial(functools.partial, batch_invariant=batch_invariant)
+    devices = ("cpu",) if INTERPRETED else COMPILED["triton"]
+    return Kernels(fixed(solve), None, lambda cell: cell.spec in FUSED, fixed(forward), fixed(backward), devices)
