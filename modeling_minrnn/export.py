@@ -75,12 +75,11 @@ def export_programs(model: MinRNNPreTrainedModel) -> dict[str, ExportedProgram]:
     model.eval()
     batch, time = Dim("batch"), Dim("time", min=2)
     tokens = torch.zeros(2, 3, dtype=torch.long)
-    prompt = (tokens, torch.ones_like(tokens))
-    if isinstance(model, MinRNNForMultipleChoice):
-        choices = tuple(tensor[:, None].repeat(1, 4, 1) for tensor in prompt)
-        shape = {0: batch, 1: Dim("choices", min=2), 2: time}
-        return {"model": torch.export.export(FlatOutputs(model), choices, dynamic_shapes=(shape, shape))}
+    prompt: tuple[Tensor, ...] = (tokens, torch.ones_like(tokens))
     shape = {0: batch, 1: time}
+    if isinstance(model, MinRNNForMultipleChoice):
+        prompt = tuple(tensor[:, None].repeat(1, 4, 1) for tensor in prompt)
+        shape = {0: batch, 1: Dim("choices", min=2), 2: time}
     if not isinstance(model, MinRNNForCausalLM):
         return {"model": torch.export.export(FlatOutputs(model), prompt, dynamic_shapes=(shape, shape))}
     flat, rows = FlatState(model), {0: batch}

@@ -279,34 +279,22 @@ class MinRNN(nn.Module):
         outputs: list[Tensor] = []
         final_states = []
         for i, projection in enumerate(self._projections()):
-            state = None if hx is None else hx[i]
-            projected = rows(projection.in_proj(x))
-            if self.bidirectional and i % 2:
-                output, final_state = self._scan(projection, projected.flip(1), state, masks.reversed(0), None)
-                output = output.flip(1)
-            else:
-                output, final_state = self._scan(projection, projected, state, masks, time_deltas)
-            outputs.append(flat(output))
-            final_states.append(final_state)
+            projected, cell, state = rows(projection.in_proj(x)), self.cell, None if hx is None else hx[i]
+            dtype, parameters = projected.dtype, projection.parameters_of_cell(projected)
+            if time_deltas is not None:
+                cell, projected, parameters = _over_time(cell, projected, parameters, time_deltas)
+            if backwards := self.bidirectional and i % 2 == 1:
+                projected = projected.flip(1)
+            seen = masks.reversed(0) if backwards else masks
+            scanned = scan_states(projected, cell, state, parameters, seen, backend=self.backend)
+            output = scanned.outputs.to(dtype)
+            outputs.append(flat(output.flip(1) if backwards else output))
+            final_states.append(scanned.final_state)
             if len(outputs) == 1 + self.bidirectional:  # the layer is complete
                 x, outputs = torch.cat(outputs, -1) if self.bidirectional else outputs[0], []
                 if i + 1 < len(self.projections):
                     x = F.dropout(x, self.dropout, self.training)
         return x, torch.stack(final_states)
-
-    def _scan(
-        self,
-        projection: CellProjection,
-        projected: Tensor,
-        state: Tensor | None,
-        masks: Masks,
-        time_deltas: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        cell, dtype, parameters = self.cell, projected.dtype, projection.parameters_of_cell(projected)
-        if time_deltas is not None:
-            cell, projected, parameters = _over_time(cell, projected, parameters, time_deltas)
-        scanned = scan_states(projected, cell, state, parameters, masks, backend=self.backend)
-        return scanned.outputs.to(dtype), scanned.final_state
 
     def extra_repr(self) -> str:
         shape = f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, cell_type={self.cell.spec!r}"
