@@ -65,7 +65,7 @@ def minrnn_scan(
         after the last token, in float32 (float64 for float64). Gates are computed in float32 or better and the state
         is carried in float64 ("triton": in two float32), so that errors do not grow with T; "loop", and with it a
         single step, carries it in float32. Differentiable in projected, parameters, initial_state and reset_state, by
-        backward(), by torch.func and in forward mode; backwards once ("loop" and "log" as often as wanted).
+        backward() once ("loop" and "log" as often as wanted), and by torch.func and in forward mode.
 
     Raises:
         ValueError: unknown cell type or backend, shapes or dtypes that do not fit, T == 0.
