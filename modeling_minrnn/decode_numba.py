@@ -370,7 +370,7 @@ def recur_of(code, columns, layer, projected, read, b_start, B, rows, carries):
     return recur
 
 
-KEPT = {"float32": np.float32(0), "bfloat16": np.uint16(0), "int8": np.int8(0)}
+KEPT = {"float32": (np.float32(0), 4), "bfloat16": (np.uint16(0), 2), "int8": (np.int8(0), 1)}  # and its bytes
 
 
 @functools.cache  # compiled when it is used
@@ -379,7 +379,7 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
 
     dtype: of the weights of projections.
     """
-    kept, size = KEPT[dtype], KEPT[dtype].itemsize
+    kept, size = KEPT[dtype]
 
     @compile_kernel(int64, voidptr, numba.float64, voidptr)
     def layers_kernel(number_of_layers, table, eps, x, b_start, b_stop, d_start, d_stop):

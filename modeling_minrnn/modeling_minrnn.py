@@ -40,7 +40,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .backends import resolve_backend
-from .cache_minrnn import MAX_ROLLBACK_TOKENS, LayerState
+from .cache_minrnn import MAX_ROLLBACK_TOKENS, LayerState, MinRNNDynamicLayer
 from .causal_conv import causal_conv, windows_after
 from .cells import cell_of
 from .configuration_minrnn import MinRNNConfig
@@ -466,6 +466,31 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 cache_layer.update(*left, num_tokens=num_tokens)
         return hidden_states
 
+    def decode(self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: DynamicCache) -> Tensor | None:
+        """The last_hidden_state of one more token a row, without looking for what only other calls come with.
+
+        None, and nothing has changed, where `forward` has to compute it.
+        """
+        own, cache_layers = self.__dict__, past_key_values.layers
+        if (
+            torch.compiler.is_compiling()
+            or self.training
+            or type(self) is not MinRNNModel
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or "forward" in own
+            or len(self.layers) != len(cache_layers)
+            or not all(isinstance(layer, MinRNNDynamicLayer) for layer in cache_layers)
+            or self.config.output_hidden_states
+            or self.config.num_hidden_layers != len(cache_layers)
+            or (attention_mask is not None and not _ends_in_tokens(attention_mask, len(input_ids)))
+        ):
+            return None
+        hidden_states = self._embed(input_ids)
+        decode_layers = self._decoder(hidden_states)
+        decoded = None if decode_layers is None else decode_layers(self.layers, hidden_states, cache_layers)
+        return None if decoded is None else self.norm(decoded)
+
     def _decoder(self, hidden_states: Tensor) -> Callable | None:
         """`decode_layers` where a kernel may stand for the layers: no compiling, tracing or differentiating."""
         if (
@@ -541,6 +566,10 @@ def _refuse_unknown_arguments(arguments: dict) -> None:
             )
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise TypeError(f"MinRNN models have no argument {name!r}{hint}")
+
+
+def _ends_in_tokens(attention_mask: Tensor, B: int) -> bool:
+    return attention_mask.dim() == 2 and attention_mask.shape[0] == B and bool(attention_mask[:, -1].all())
 
 
 def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -647,6 +676,35 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             workload_hints,
         )
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """As in transformers, in a quarter of the time for the next token of plain decoding."""
+        is_next = next_sequence_length == 1 and not is_first_iteration
+        if is_next and past_key_values is not None and type(past_key_values) is DynamicCache:
+            state = past_key_values.layers[0].keys  # on the device of the model
+            plain = kwargs.keys() <= {"use_cache", "logits_to_keep"} and state is not None
+            if plain and state.is_cpu and input_ids.is_cpu:
+                token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+                found = {"input_ids": token, "past_key_values": past_key_values, **kwargs}
+                return found if attention_mask is None else found | {"attention_mask": attention_mask}
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
     def _get_static_cache_init_shape(self) -> None:
         """None, for chunked prefill: the state has no attention heads."""
 
@@ -674,6 +732,19 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
         The other arguments are those of MinRNNModel.
         """
+        decoded = None
+        if (
+            use_cache
+            and type(past_key_values) is DynamicCache
+            and input_ids is not None
+            and input_ids.shape[1:] == (1,)
+        ):
+            others = (position_ids, inputs_embeds, labels, *kwargs.values())
+            if all(value is None for value in others):
+                decoded = self.model.decode(input_ids, attention_mask, past_key_values)
+        if decoded is not None:
+            logits = self.lm_head(slice_logits_to_keep(decoded, logits_to_keep))
+            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )

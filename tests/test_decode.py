@@ -329,3 +329,23 @@ def test_threads_share_the_rows_of_a_batch(monkeypatch):
     together = two_steps(model, ids)
     for x, y in zip([alone[0], *alone[1]], [together[0], *together[1]], strict=True):
         assert_close(x, y)
+
+
+def test_a_plain_step_passes_over_no_hook_mask_or_check(decoded):
+    model, ids = small_model(), random_ids(2, 7)
+    expected, calls, masked = two_steps(model, ids), [], torch.ones(2, 7, dtype=torch.long)
+    handle = model.model.register_forward_hook(lambda module, arguments, output: calls.append(1))
+    assert torch.equal(two_steps(model, ids)[0], expected[0])
+    assert len(calls) == 3
+    handle.remove()
+    masked[0, 6] = 0
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for part, mask in ((slice(6), masked[:, :6]), (slice(6, 7), masked)):
+            found = model(ids[:, part], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        assert_close(cache.layers[0].keys[1], expected[1][0][1])  # the row that has read the last token
+        assert not torch.allclose(cache.layers[0].keys[0], expected[1][0][0])
+        assert found.shape == (2, 1, model.config.vocab_size)
+        for wrong in ({"attention_mask": masked[:1]}, {"past_key_values": DynamicCache()}):
+            with pytest.raises(ValueError, match="attention_mask must be|was not made for this model"):
+                model(ids[:, :1], **{"past_key_values": cache, "use_cache": True} | wrong)
