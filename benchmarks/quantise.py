@@ -4,6 +4,8 @@ Timed at batch 1: a forward pass over 512 tokens ("prefill"), and one step from 
 Contenders, all of one model of 6 layers, width 384, vocabulary 256, untrained:
     float32       as it is
     int8 weights  torchao's Int8WeightOnlyConfig: the layers' projections, one scale a row; products in float32
+    int8 later    the same for all layers but the first, whose rounding counts most
+    int8 by 64    the same with a scale for each 64 numbers of a row
     int8 dynamic  torchao's Int8DynamicActivationInt8WeightConfig: activations rounded token by token as well
 Both load as a user loads them, through from_pretrained. Nothing is compiled: torchao means its int8 for torch.compile,
 and this is what a user has without it.
@@ -21,13 +23,18 @@ from pathlib import Path
 import torch
 from harness import Report, interleave, measure_cells, relative_error, timed, verify
 from models import VOCABULARY, minrnn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, PerGroup
 from transformers import PreTrainedModel, TorchAoConfig
 
 from modeling_minrnn import MinRNNForCausalLM
 
 TOKENS = 512
-SCHEMES = {"int8 weights": Int8WeightOnlyConfig, "int8 dynamic": Int8DynamicActivationInt8WeightConfig}
+SCHEMES = {
+    "int8 weights": TorchAoConfig(Int8WeightOnlyConfig()),
+    "int8 later": TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head", "model.layers.0"]),
+    "int8 by 64": TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64))),
+    "int8 dynamic": TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
+}
 
 
 def saved_bytes(model: PreTrainedModel) -> int:
@@ -42,8 +49,7 @@ def measure(report: Report, cell_type: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         models["float32"].save_pretrained(folder)
         for name, scheme in SCHEMES.items():
-            quantised = MinRNNForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(scheme()))
-            models[name] = quantised.eval()
+            models[name] = MinRNNForCausalLM.from_pretrained(folder, quantization_config=scheme).eval()
 
     ids = torch.randint(VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     outputs = {name: model(ids, use_cache=True) for name, model in models.items()}
