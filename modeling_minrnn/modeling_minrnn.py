@@ -433,7 +433,8 @@ class MinRNNModel(MinRNNPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         # Fewer than there are where an early exit drafts tokens.
         layers = list(self.layers)[: self.config.num_hidden_layers]
-        self._check_state(use_cache, past_key_values, context_parallel_group, len(layers))
+        if use_cache or past_key_values is not None or context_parallel_group is not None:
+            self._check_state(use_cache, past_key_values, context_parallel_group, len(layers))
 
         padding = padding_mask_of(attention_mask, B, T)
         reset = reset_mask_of(
@@ -774,19 +775,13 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != -100).sum()
 
+        kwargs |= {"labels": None, "vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+
         def loss_of(hidden_states: Tensor, shift_labels: Tensor) -> Tensor:
-            return self.loss_function(
-                logits=self.lm_head(hidden_states),
-                labels=None,
-                vocab_size=self.config.vocab_size,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
+            return self.loss_function(logits=self.lm_head(hidden_states), shift_labels=shift_labels, **kwargs)
 
         hidden_states, shift_labels = hidden_states.flatten(0, 1), shift_labels.flatten()
-        on_cpu = hidden_states.device.type == "cpu"
-        elements = LOSS_CHUNK_ELEMENTS if on_cpu else LOSS_CHUNK_ELEMENTS_ACCELERATOR
+        elements = LOSS_CHUNK_ELEMENTS if hidden_states.is_cpu else LOSS_CHUNK_ELEMENTS_ACCELERATOR
         size = max(1, elements // self.config.vocab_size)
         if len(shift_labels) <= size:
             return loss_of(hidden_states, shift_labels)

@@ -100,9 +100,9 @@ def empty_outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor]:
     """(outputs, rest, final_state) of `operators.scan`."""
-    cell, D = inputs.cell, inputs.D
-    if chosen.fuses(cell):
+    if chosen.fuses(inputs.cell):
         return chosen.forward(inputs)
+    cell, D = inputs.cell, inputs.D
     outputs, rest, final_state = empty_outputs(inputs)
     states, log_sums = cell.states_of(outputs, rest)
     start_h, start_L = inputs.initial_state.tensor_split([D], -1)
