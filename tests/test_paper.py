@@ -154,5 +154,7 @@ def test_models_of_a_text_are_compared_on_the_same_batches(run, tmp_path):
     flags = [str(text), "equal", "--steps", "2", "--rounds", "1", "--only", "min"]
     rows = run(shakespeare, *flags)
     assert [row["contender"] for row in rows] == ["minGRU", "minGRU, linear, output gate, Muon", "minLSTM"]
-    for row in rows:
-        assert row["steps"] == 2 and 2 < row["held_out_loss"] < 4 and 2 < row["window_loss"] < 4  # log(23) = 3.1
+    assert all(
+        row["steps"] == 2 and max(row["held_out_loss"], row["window_loss"]) < 4 for row in rows
+    )  # log(23) = 3.1
+    assert rows[1]["held_out_loss"] < 1 < 2 < rows[0]["held_out_loss"]  # so soon by Muon, whose windows are longer

@@ -233,14 +233,15 @@ def shakespeare_chosen() -> str:
             {None: "own", "width": "1 / sqrt(width)"}.get(row["initializer_range"], row["initializer_range"]),
             row["muon_learning_rate"] or "",
             f"{row['learning_rate']:g}",
+            f"{row['times_as_long']:.2f}",
             row["steps"],
             *(f"{row[loss]:.3f}" for loss in ("held_out_loss", "window_loss")),
         )
         for row in found
         if row.get("read", "").startswith("the last tenth")
     ]
-    columns = "layers", "context", "initial weights", "Muon's rate", "AdamW's", "steps", "loss", "in windows"
-    return table(["", *columns], lines)
+    columns = "layers", "context", "initial weights", "Muon's rate", "AdamW's", "a step, minGRU's = 1"
+    return table(["", *columns, "steps", "loss", "in windows"], lines)
 
 
 def plot_shakespeare(path: Path) -> None:

@@ -213,19 +213,22 @@ def tried(contender: Contender, options: Namespace) -> list[Contender]:
 def equal(report: Report, text: Path) -> None:
     options = report.options
     setting = Equal(text, options.choose)
-    chosen = {
-        name: tried(contender, options) for name, contender in OF_EQUAL_SIZE.items() if report.wants(f"equal {name}")
-    }
-    runs = {("minGRU", 0): setting.training(OF_EQUAL_SIZE["minGRU"], 0, 10**6)[1]}
-    for name, contenders in chosen.items():
-        for number, contender in enumerate(contenders):
-            runs[name, number] = setting.training(contender, 0, 10**6)[1]
-    samples = interleave({key: partial(seconds_of_step, progress) for key, progress in runs.items()}, options.rounds)
+    chosen = [
+        (name, contender)
+        for name, own in OF_EQUAL_SIZE.items()
+        if report.wants(f"equal {name}")
+        for contender in tried(own, options)
+    ]
+    timed = [OF_EQUAL_SIZE["minGRU"], *(contender for _, contender in chosen)]
+    runs = [setting.training(contender, 0, 10**6)[1] for contender in timed]
+    samples = interleave(
+        {number: partial(seconds_of_step, progress) for number, progress in enumerate(runs)}, options.rounds
+    )
     del runs
     steps = setting.setting.steps
-    for key in [(name, number) for name, contenders in chosen.items() for number in range(len(contenders))]:
-        name, contender = key[0], chosen[key[0]][key[1]]
-        budgets = {"tokens": steps, "time": round(steps / samples.ratio(key, ("minGRU", 0)))}
+    for number, (name, contender) in enumerate(chosen, 1):
+        times_as_long = samples.ratio(number, 0)
+        budgets = {"tokens": steps, "time": round(steps / times_as_long)}
         for budget, own_steps in ({"": options.steps} if options.steps else budgets).items():
             if (budget, name) == ("time", "minGRU") or budget not in ("", *options.budgets):
                 continue  # minGRU's is both at once
@@ -240,7 +243,8 @@ def equal(report: Report, text: Path) -> None:
                     seed=seed,
                     parameters=parameters(model),
                     **{key: value for key, value in asdict(contender).items() if key != "model"},
-                    ms_a_step=1e3 * samples.seconds(key),
+                    ms_a_step=1e3 * samples.seconds(number),
+                    times_as_long=times_as_long,  # as a step of minGRU
                     steps=own_steps,
                     **setting.scores(model, contender),
                 )
