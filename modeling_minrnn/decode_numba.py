@@ -23,6 +23,7 @@ from .modeling_minrnn import MinRNNCausalConv, MinRNNDecoderLayer, MinRNNMLP, Mi
 from .norm import MinRNNRMSNorm
 from .scan_numba import (
     ANY_LENGTH,
+    ANY_ORDER,
     OPTIONS,
     RWKV,
     UNWRAPPED,
@@ -143,7 +144,7 @@ def rounded(typing_context, x, kept):
     return numba.float32(numba.float32, kept), generate
 
 
-@numba.njit(error_model="numpy", fastmath={"contract", "nsz", "arcp", "reassoc"}, **UNWRAPPED)  # a sum in any order
+@numba.njit(**ANY_ORDER)
 def normalize(kept, x, weight, y, B, H, eps):
     for b in range(B):
         row, out = x[b * H : b * H + H], y[b * H : b * H + H]

@@ -16,7 +16,7 @@ import torch
 
 from .scan_blocks import derivative, empty_outputs
 from .scan_numba import (
-    UNWRAPPED,
+    ANY_ORDER,
     allocate,
     both,
     compile_kernel,
@@ -45,7 +45,6 @@ CHUNK = 32  # tokens at a time at least: the gates of more would leave the secon
 LARGEST = 256  # numbers of a head: of more, products of matrices are as fast
 
 # Sums in any order. What is called and not inlined is compiled once.
-ANY_ORDER = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp", "reassoc"}} | UNWRAPPED
 inlined, called = numba.njit(forceinline=True, **ANY_ORDER), numba.njit(**ANY_ORDER)
 
 

@@ -14,10 +14,10 @@ try:
 except ImportError as error:
     raise ImportError('the "numba" backend needs numba: pip install numba') from error
 
-from .scan_numba import OPTIONS, compile_kernel, dense, floats, run
+from .scan_numba import ANY_ORDER, compile_kernel, dense, floats, run
 
 ROWS_AT_ONCE = 64  # whose share of the weight's gradient is summed in float32
-summing = numba.njit(error_model="numpy", fastmath=OPTIONS["fastmath"] | {"reassoc"})  # a sum in any order
+summing = numba.njit(**ANY_ORDER)
 
 
 @summing

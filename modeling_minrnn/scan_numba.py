@@ -15,6 +15,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -37,7 +38,9 @@ from .scan_blocks import ScanInputs, derivative, empty_outputs
 # Nothing but a kernel is called from Python: what would take its arguments apart is left out of what is compiled.
 UNWRAPPED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 # Not "nnan" or "ninf": a NaN that comes in must go out.
-OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}} | UNWRAPPED
+FASTMATH = {"contract", "nsz", "arcp"}
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": FASTMATH} | UNWRAPPED
+ANY_ORDER = OPTIONS | {"fastmath": FASTMATH | {"reassoc"}}  # of sums
 # For functions of numbers, which LLVM puts into each loop; inline="always" would have each compiled with them anew.
 scalar = numba.njit(forceinline=True, **OPTIONS)
 
