@@ -484,12 +484,14 @@ class MinRNNModel(MinRNNPreTrainedModel):
             or not all(isinstance(layer, MinRNNDynamicLayer) for layer in cache_layers)
             or self.config.output_hidden_states
             or self.config.num_hidden_layers != len(cache_layers)
-            or (attention_mask is not None and not _ends_in_tokens(attention_mask, len(input_ids)))
+            or self.config.bidirectional
         ):
             return None
-        hidden_states = self._embed(input_ids)
+        hidden_states = self.dropout(self._embed(input_ids))
         decode_layers = self._decoder(hidden_states)
-        decoded = None if decode_layers is None else decode_layers(self.layers, hidden_states, cache_layers)
+        if decode_layers is None or padding_mask_of(attention_mask, len(input_ids), 1) is not None:
+            return None
+        decoded = decode_layers(self.layers, hidden_states, cache_layers)
         return None if decoded is None else self.norm(decoded)
 
     def _decoder(self, hidden_states: Tensor) -> Callable | None:
@@ -567,10 +569,6 @@ def _refuse_unknown_arguments(arguments: dict) -> None:
             )
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise TypeError(f"MinRNN models have no argument {name!r}{hint}")
-
-
-def _ends_in_tokens(attention_mask: Tensor, B: int) -> bool:
-    return attention_mask.dim() == 2 and attention_mask.shape[0] == B and bool(attention_mask[:, -1].all())
 
 
 def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
