@@ -174,7 +174,7 @@ def measure_cells(report: Report) -> None:
             steps[f"llama of {cell_type}"] = TrainingStep(model, tokens)
     samples = interleave({name: timed(run, now) for name, run in steps.items()}, report.options.rounds)
     for name, step in steps.items():
-        row = {"T": 1024, "cell": name, "contender": "numba", "layers": LAYERS // 2}
+        row = {"T": 1024, "cell": name, "contender": "numba" if name in CELLS else "llama", "layers": LAYERS // 2}
         row |= {"ms": 1e3 * samples.seconds(name), "parameters": step.model.num_parameters()}
         row["times_mingru"] = samples.ratio(name, "mingru")
         if name in CELLS:
