@@ -23,12 +23,10 @@ from .scan_numba import (
     dense,
     derived,
     doubles,
-    exp_and_rest,
     flags,
     floats,
     hgrn_gates,
     int64,
-    log1p_exp,
     np,
     numba,
     output,
@@ -36,7 +34,6 @@ from .scan_numba import (
     row_groups,
     run,
     sigmoids,
-    smaller,
     strided,
     voidptr,
 )
@@ -122,10 +119,11 @@ def share_back(forget, bound, d_a, d_forget, d_bound):
 
 @inlined
 def decay_of(gate, rate, step):
-    """a of log a = -rate softplus(gate + step), that softplus and its derivative."""
-    x = gate + step
-    softplus = max(x, np.float32(0.0)) + log1p_exp(-abs(x))
-    return both(np.float64(smaller(*exp_and_rest(-rate * softplus))))[0], softplus, sigmoids(x)[0]
+    """a of log a = -rate softplus(gate + step), that softplus and its derivative, of which the sums are gradients."""
+    x = np.float64(gate) + np.float64(step)
+    e = math.exp(-abs(x))
+    softplus = max(x, 0.0) + math.log1p(e)
+    return math.exp(-rate * softplus), softplus, (1.0 if x >= 0.0 else e) / (1.0 + e)
 
 
 @inlined
@@ -149,7 +147,7 @@ def load_token(cell, h, p, start, c, parameters, gates):
         at, first = c * steps + s, (c * steps + s) * N
         if is_delta:
             a[at] = decay_of(p[gate], parameters[h], parameters[heads + h])[0] if s == 0 else 1.0
-            rate[at] = np.float32(2.0) * sigmoids(p[r])[0]
+            rate[at] = 2.0 / (1.0 + math.exp(-np.float64(p[r])))
             unit_row(p[key : key + n], k[first : first + n])
         else:
             share_row(p[gate : gate + n], parameters[h * n : h * n + n], a[first : first + n], k[first : first + n])
