@@ -1,6 +1,7 @@
 """A decoding step by kernels gives what the modules of the layers give, and steps aside where it would not."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def decoded(monkeypatch):
 
 
 def model_of(cell, **fields):
-    options = {name: getattr(cell, name) for name in cell.__dataclass_fields__ if name != "spec"}
+    options = dataclasses.asdict(cell)
     size = {"hidden_size": 14, "expansion_factor": 2}
     return small_model(cell.name, **size | options | fields)
 
