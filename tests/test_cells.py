@@ -235,9 +235,10 @@ def test_errors_do_not_grow_with_the_sequence(cell, backend):
             thirds = 3 if name in blocks and pair[0].shape[-1] % 3 == 0 else 1
             for third, (x, y) in enumerate(zip(*(z.chunk(thirds, -1) for z in pair))):
                 error = relative_error(x, y)
-                # A sum over all tokens of terms that cancel, of keys rounded to float32: 4.3e-6 was seen.
-                limit = 6e-6 if name == "d_step" else 3e-6
-                assert error <= limit, f"{name}, block {block}, third {third}: {error:.1e}"
+                if name == "d_step":  # the sum of the gates' gradients, which here leaves a five-hundredth of them
+                    summed = expected["d_projected"][..., : len(y)].abs().sum((0, 1))
+                    error *= float(y.norm() / summed.norm())
+                assert error <= 3e-6, f"{name}, block {block}, third {third}: {error:.1e}"
 
 
 # Sequences: splits, documents, padding
