@@ -79,6 +79,7 @@ MEASURED = {  # what a rate is chosen by
 TRAINED_LENGTH, LENGTHS, ASKED = 64, (64, 256, 1024), 64
 COPIED_FROM = 64
 FIRST_LENGTHS, FIRST_STEPS = (8, 16), 100  # of words, before those of TRAINED_LENGTH: so many steps of each
+WORD_LENGTHS = 16, 64, 128, 256, 1024
 WORD_TOKENS = 512  # of a batch
 KEYS, PAIRS = 64, 16
 STATE_STEP = 16  # of state widths; memory_order of "lmu" divides it
@@ -227,7 +228,6 @@ def products(things: int) -> Tensor:
 def words(things: int) -> Experiment:
     """Random permutations of so many things, and at every position the product of those so far."""
     table = products(things)
-    lengths = 16, 64, 128, 256, 1024
 
     def questions(length: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(len(table), (rows, length), generator=generator)
@@ -244,10 +244,10 @@ def words(things: int) -> Experiment:
 
     @torch.no_grad()
     def measure(model: nn.Module, seed: int) -> dict[str, float]:
-        tokens, targets = questions(lengths[-1], ASKED, torch.Generator().manual_seed(10_000 + seed))
+        tokens, targets = questions(WORD_LENGTHS[-1], ASKED, torch.Generator().manual_seed(10_000 + seed))
         logits = model(tokens)
         right = (logits.argmax(-1) == targets).double()
-        of_length = {f"accuracy_{length}": right[:, :length].mean().item() for length in lengths}
+        of_length = {f"accuracy_{length}": right[:, :length].mean().item() for length in WORD_LENGTHS}
         stepped = model.step_by_step(tokens[:4])
         return of_length | {"step_error": relative_error([stepped], [logits[:4]])}
 
