@@ -58,7 +58,7 @@ from training.tokenizers import load_tokenizer
 
 STEPS = {
     "parity": 1000, "majority": 500, "recall": 600, "selective_copying": 400, "shakespeare": 300, "s3": 2000,
-    "s5": 2000, "mqar": 300,
+    "s5": 2000, "mqar": 1000,
 }  # fmt: skip
 SWEEP_STEPS = {
     "parity": 200, "majority": 200, "recall": 300, "selective_copying": 300, "shakespeare": 300, "s3": 250, "s5": 250,
