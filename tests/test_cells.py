@@ -243,8 +243,8 @@ def test_errors_do_not_grow_with_the_sequence(cell, backend):
 
 @pytest.mark.parametrize("backend, limit", [("numba", 3e-6), ("torch", 1e-4)])
 def test_reflections_by_the_same_key(backend, limit):
-    """What rounding leaves of a key's length adds up, where torch rounds keys to float32. So does what silu's leaves of
-    its direction, in the gradients of `projected`, which are as large as T."""
+    """What rounding leaves of a key's length adds up, where torch rounds keys to float32. So does what that of silu
+    leaves of its direction, in the gradients of `projected`, which are as large as T."""
     cell, T = GatedDelta(num_heads=1, householder_steps=2), 1024
     arguments = problem(cell, 1, T, 16)
     gate, rate, *vectors = arguments["projected"][:, :1].expand(-1, T, -1).split(cell.blocks(width(cell, 16)), -1)
