@@ -208,8 +208,8 @@ class Cell:
         """D, from the width of `projected`. Raises ValueError for a width that none has."""
         fixed = sum(self.widths(0))
         per_unit = sum(self.widths(self.unit)) - fixed
-        units, rest = divmod(projected_width - fixed, per_unit)
-        if units < 1 or rest:
+        units = (projected_width - fixed) // per_unit
+        if units < 1 or (projected_width - fixed) % per_unit:
             needed = f"{per_unit / self.unit:g} D + {fixed}" if fixed else f"{per_unit / self.unit:g} D"
             multiple = f", D a multiple of {self.unit}," if self.unit > 1 else ""
             raise ValueError(

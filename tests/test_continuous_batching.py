@@ -1,5 +1,6 @@
 """Requests that share a batch each get the tokens that `generate` gives them alone."""
 
+import dataclasses
 import random
 import subprocess
 import sys
@@ -66,8 +67,8 @@ def managers():
 
 @pytest.mark.parametrize("cell", CASES.values(), ids=lambda cell: cell.spec)
 def test_a_batch_of_requests_gets_the_tokens_of_each_alone_for_every_cell(cell):
-    options = {name: getattr(cell, name) for name in cell.__dataclass_fields__ if name != "spec"}
-    model = small_model(cell.name, **{"hidden_size": 14, "expansion_factor": 3} | options)
+    options = {"hidden_size": 14, "expansion_factor": 3} | dataclasses.asdict(cell)
+    model = small_model(cell.name, **options)
     prompts = prompts_of(1, 2, 5, 30, 300, 3, 700, 40, 1, 17)
     outputs = model.generate_batch(prompts, max_new_tokens=NEW_TOKENS)
     for prompt, output in zip(prompts, outputs.values(), strict=True):
