@@ -270,9 +270,7 @@ class RowBatchProcessor(continuous_api.ContinuousBatchProcessor):
         unchanged = logits[list(wanted)].log_softmax(-1) if wanted else logits
         for i, each in enumerate(own):
             presence, frequency = each.get("presence_penalty", 0.0), each.get("frequency_penalty", 0.0)
-            if (
-                presence or frequency
-            ):  # of the tokens that were written, not those of the prompt, as OpenAI defines them
+            if presence or frequency:  # of what was written, not of the prompt, as OpenAI defines them
                 written = torch.tensor(self.rows[i].state.generated_tokens, dtype=torch.long, device=logits.device)
                 tokens, counts = written.unique(return_counts=True)
                 logits[i, tokens] -= presence + frequency * counts

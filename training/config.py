@@ -197,7 +197,7 @@ class TrainConfig:
         False,
         "each row of a batch reads on from where it stopped in the step before, with the state it then had, which "
         "gets no gradient: truncated backpropagation through time. Nothing is carried from one document to the next. "
-        "false: sequences in random order, each token once in a round over the text, each begun with nothing read",
+        "false: sequences in random order, each begun with nothing read; a round of them reads the whole text",
     )
     seed: int = setting(0, "of the initial weights, the batches and dropout")
 
