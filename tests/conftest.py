@@ -77,12 +77,16 @@ def train_main():
 
     import train
 
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
     def main(path, overrides=()):
+        forget()  # what a Trainer of another test left
         try:
             return train.main(path, list(overrides))
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget()
 
     return main
 
