@@ -35,7 +35,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -583,7 +583,46 @@ def _given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     return given
 
 
-class MinRNNLanguageModel(MinRNNPreTrainedModel):
+class MinRNNWithHead(MinRNNPreTrainedModel):
+    """MinRNNModel with a linear head. A subclass says in `logits_of` what the head makes of the sequence."""
+
+    output_class: type[ModelOutput]
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.model = MinRNNModel(config)
+
+    def logits_of(self, *args, **kwargs) -> tuple[Tensor, BaseModelOutputWithPast]:
+        """The logits, and what MinRNNModel returned, whose arguments these are."""
+        raise NotImplementedError
+
+    def loss_of(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+        """The loss of transformers for this task; each takes from these arguments what it needs."""
+        sizes = {"vocab_size": self.config.vocab_size, "config": self.config}
+        return self.loss_function(logits=logits, pooled_logits=logits, labels=labels, **sizes, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModelOutput:
+        """
+        Args:
+            labels: see the class; without them there is no loss.
+
+        The other arguments are those of MinRNNModel.
+        """
+        logits, outputs = self.logits_of(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        loss = None if labels is None else self.loss_of(logits, labels, attention_mask, **kwargs)
+        others = {"past_key_values", "hidden_states"} & self.output_class.__annotations__.keys()
+        return self.output_class(loss=loss, logits=logits, **{name: getattr(outputs, name) for name in others})
+
+
+class MinRNNLanguageModel(MinRNNWithHead):
     """MinRNNModel with a linear head over the vocabulary: what predicting the next and a masked token share."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -592,7 +631,6 @@ class MinRNNLanguageModel(MinRNNPreTrainedModel):
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
-        self.model = MinRNNModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -793,50 +831,38 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
 class MinRNNForMaskedLM(MinRNNLanguageModel):
     """A masked language model: each token is predicted from all that are given, with `config.bidirectional` on both
-    sides of it."""
+    sides of it.
+
+    labels: (B, T) the token ids behind the masks, -100 where there is no loss.
+    """
 
     task = "ForMaskedLM"
+    output_class = MaskedLMOutput
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """
-        Args:
-            labels: (B, T) the token ids behind the masks, -100 where there is no loss.
-
-        The other arguments are those of MinRNNModel.
-        """
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    def logits_of(self, *args, **kwargs) -> tuple[Tensor, BaseModelOutputWithPast]:
+        outputs = self.model(*args, **kwargs)
+        return self.lm_head(outputs.last_hidden_state), outputs
 
 
-class MinRNNSequenceScorer(MinRNNPreTrainedModel):
+class MinRNNSequenceScorer(MinRNNWithHead):
     """MinRNNModel with a linear head on the last real token, which has seen all; of a bidirectional model, on the mean
-    of all real tokens, since its last one has seen the others from one side only."""
+    of all real tokens, since its last one has seen the others from one side only.
+
+    Without an attention_mask tokens equal to config.pad_token_id are padding.
+    """
 
     def __init__(self, config: MinRNNConfig, num_scores: int):
         super().__init__(config)
-        self.model = MinRNNModel(config)
         self.score = nn.Linear(config.hidden_size, num_scores, bias=False)
         self.post_init()
 
-    def scores(
+    def logits_of(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, **kwargs
     ) -> tuple[Tensor, BaseModelOutputWithPast]:
         """(B, num_scores) of sequences (B, T), and what the model returned."""
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = self.model(input_ids, attention_mask, **kwargs)
         hidden_states = outputs.last_hidden_state
         B, T = hidden_states.shape[:2]
         real = hidden_states.new_ones(B, T, dtype=torch.bool)
@@ -851,66 +877,33 @@ class MinRNNSequenceScorer(MinRNNPreTrainedModel):
 
 
 class MinRNNForSequenceClassification(MinRNNSequenceScorer):
-    """A class, several, or numbers for each sequence."""
+    """A class, several, or numbers for each sequence.
+
+    labels: (B,) classes, or (B, num_labels) for several labels or regression (config.problem_type).
+    """
 
     task = "ForSequenceClassification"
+    output_class = SequenceClassifierOutputWithPast
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config, config.num_labels)
         self.num_labels = config.num_labels
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        """
-        Args:
-            attention_mask: (B, T); without one, tokens equal to config.pad_token_id are padding.
-            labels: (B,) classes, or (B, num_labels) for several labels or regression (config.problem_type).
-
-        The other arguments are those of MinRNNModel.
-        """
-        logits, outputs = self.scores(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, logits=logits, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
-
 
 class MinRNNForMultipleChoice(MinRNNSequenceScorer):
-    """Which of C sequences is right: a score for each, read alone, and a softmax over the C."""
+    """Which of C sequences is right: a score for each, read alone, and a softmax over the C.
+
+    All tensors are (B, C, T), inputs_embeds (B, C, T, H); the hidden states that are returned have B * C rows.
+    labels: (B,) the number of the right choice, 0..C - 1, or -100 for no loss.
+    """
 
     task = "ForMultipleChoice"
+    output_class = MultipleChoiceModelOutput
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config, 1)
-        self.loss_function = fixed_cross_entropy  # transformers has none for this task
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MultipleChoiceModelOutput:
-        """
-        Args:
-            input_ids: (B, C, T); or inputs_embeds: (B, C, T, H).
-            attention_mask: (B, C, T); without one, tokens equal to config.pad_token_id are padding.
-            labels: (B,) the number of the right choice, 0..C - 1, or -100 for no loss.
-
-        The other arguments are those of MinRNNModel, with B * C rows or, like these, (B, C, ...). The hidden states
-        that are returned have B * C rows.
-        """
+    def logits_of(self, input_ids=None, attention_mask=None, *, inputs_embeds=None, **kwargs):
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or given.dim() != (4 if input_ids is None else 3):
             shape = None if given is None else tuple(given.shape)
@@ -920,85 +913,71 @@ class MinRNNForMultipleChoice(MinRNNSequenceScorer):
             return value.flatten(0, 1) if isinstance(value, Tensor) and value.dim() > 2 else value
 
         others = {name: rows(value) for name, value in kwargs.items()}
-        scores, outputs = self.scores(
+        scores, outputs = super().logits_of(
             rows(input_ids), rows(attention_mask), inputs_embeds=rows(inputs_embeds), **others
         )
-        logits = scores.view(given.shape[:2])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits.float(), labels.to(logits.device), **kwargs)
-        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return scores.view(given.shape[:2]), outputs
+
+    def loss_of(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
+        return fixed_cross_entropy(logits.float(), labels.to(logits.device), **kwargs)  # transformers has no other
 
 
-class MinRNNForTokenClassification(MinRNNPreTrainedModel):
-    """MinRNNModel with a linear head on every token: a class or, with problem_type="regression", numbers for each."""
+class MinRNNForTokenClassification(MinRNNWithHead):
+    """MinRNNModel with a linear head on every token: a class or, with problem_type="regression", numbers for each.
+
+    labels: (B, T) classes, -100 where there is no loss. For regression numbers, (B, T, num_labels) or with one label
+    (B, T); the loss is the mean squared error, and there is none at padding either.
+    """
 
     task = "ForTokenClassification"
+    output_class = TokenClassifierOutput
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = MinRNNModel(config)
         self.dropout = nn.Dropout(config.dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
+    def logits_of(self, *args, **kwargs) -> tuple[Tensor, BaseModelOutputWithPast]:
+        outputs = self.model(*args, **kwargs)
+        return self.score(self.dropout(outputs.last_hidden_state)), outputs
+
+    def loss_of(
+        self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, num_items_in_batch=None, **kwargs
+    ) -> Tensor:
+        """Of a regression the mean of (logits - labels)^2 over the numbers that are neither padding nor -100, the mark
+        that Trainer leaves out when it counts them; a sum over num_items_in_batch where that is given.
+
+        Raises ValueError for integer labels, to which DataCollatorForTokenClassification rounds, and for other shapes.
         """
-        Args:
-            labels: (B, T) classes, -100 where there is no loss. For regression numbers, (B, T, num_labels) or with one
-                label (B, T); there is no loss at padding either.
+        if self.config.problem_type != "regression":
+            return super().loss_of(logits, labels, attention_mask, num_items_in_batch=num_items_in_batch, **kwargs)
+        if not labels.is_floating_point():
+            raise ValueError(f"labels of a regression must be floating-point numbers, not {labels.dtype}")
+        if labels.shape != logits.shape and (*labels.shape, 1) != logits.shape:
+            raise ValueError(f"labels must be {tuple(logits.shape)}, not {tuple(labels.shape)}")
+        logits = logits.float()
+        labels = labels.to(logits).view_as(logits)
+        counted = labels != -100
+        if attention_mask is not None:
+            counted &= (attention_mask[:, -labels.shape[1] :, None] != 0).to(labels.device)
+        # What is not counted may be anything, NaN too, and has no gradient.
+        squares = (logits - labels.where(counted, logits.detach())).square()
+        return squares.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
-        The other arguments are those of MinRNNModel. The loss of a regression is the mean squared error.
-        """
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None and self.config.problem_type == "regression":
-            loss = token_regression_loss(logits, labels, attention_mask, **kwargs)
-        elif labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
+class MinRNNForQuestionAnswering(MinRNNWithHead):
+    """MinRNNModel with two linear heads on every token: whether the answer starts, and whether it ends there.
 
-def token_regression_loss(
-    predicted: Tensor, labels: Tensor, attention_mask: Tensor | None, num_items_in_batch=None, **kwargs
-) -> Tensor:
-    """Mean of (predicted - labels)^2 over the numbers (B, T, num_labels) that are neither padding nor -100, the mark
-    that Trainer leaves out when it counts them; a sum over num_items_in_batch where that is given.
-
-    Raises ValueError for integer labels, to which DataCollatorForTokenClassification rounds, and for other shapes.
+    Logits of padding are the lowest number there is: no share of the probability goes there, and the loss is that of
+    the sequence without its padding.
     """
-    if not labels.is_floating_point():
-        raise ValueError(f"labels of a regression must be floating-point numbers, not {labels.dtype}")
-    if labels.shape != predicted.shape and (*labels.shape, 1) != predicted.shape:
-        raise ValueError(f"labels must be {tuple(predicted.shape)}, not {tuple(labels.shape)}")
-    predicted = predicted.float()
-    labels = labels.to(predicted).view_as(predicted)
-    counted = labels != -100
-    if attention_mask is not None:
-        counted &= (attention_mask[:, -labels.shape[1] :, None] != 0).to(labels.device)
-    # What is not counted may be anything, NaN too, and has no gradient.
-    squares = (predicted - labels.where(counted, predicted.detach())).square()
-    return squares.sum() / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-class MinRNNForQuestionAnswering(MinRNNPreTrainedModel):
-    """MinRNNModel with two linear heads on every token: whether the answer starts, and whether it ends there."""
 
     task = "ForQuestionAnswering"
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
-        self.model = MinRNNModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -1017,10 +996,9 @@ class MinRNNForQuestionAnswering(MinRNNPreTrainedModel):
             start_positions, end_positions: (B,) the first and the last token of the answer; T or more for none. There
                 is a loss where both are given, the mean of those of the two.
 
-        The other arguments are those of MinRNNModel. Logits of padding are the lowest number there is: no share of
-        the probability goes there, and the loss is that of the sequence without its padding.
+        The other arguments are those of MinRNNModel.
         """
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.qa_outputs(outputs.last_hidden_state)
         if attention_mask is not None:
             padding = attention_mask[:, -logits.shape[1] :].to(logits.device) == 0
