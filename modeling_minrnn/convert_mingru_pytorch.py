@@ -1,8 +1,6 @@
 """Language models and bare layers of the package minGRU-pytorch (PyPI, version 0.2.1), with the same outputs."""
 
 import re
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +11,24 @@ from .layer import MinRNN
 from .modeling_minrnn import MinRNNForCausalLM
 
 PROJECTIONS = {"mingru": "to_hidden_and_gate", "minlstm": "to_hidden_and_f_i_gate"}
+# The linear maps of a bare layer: in that package, and in the listings of the paper.
+LAYERS = {(name,): cell_type for cell_type, name in PROJECTIONS.items()}
+LAYERS |= {("linear_z", "linear_h"): "mingru", ("linear_f", "linear_i", "linear_h"): "minlstm"}
 CONVOLUTION = re.compile(r"layers\.\d+\.0\.net\.")
+# Their names of tensors that are alike, and ours: of the model, and of a layer.
+MODEL_NAMES = {
+    "token_emb.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "to_logits.weight": "lm_head.weight",
+}
+LAYER_NAMES = {
+    "1.weight": "rnn_norm.weight",
+    "3.weight": "mlp_norm.weight",
+    "4.0.weight": "mlp.up_proj.weight",
+    "4.0.bias": "mlp.up_proj.bias",
+    "4.2.weight": "mlp.down_proj.weight",
+    "4.2.bias": "mlp.down_proj.bias",
+}
 
 
 def convert_mingru_pytorch(state_dict: dict[str, Tensor]) -> MinRNNForCausalLM:
@@ -44,18 +59,19 @@ def convert_mingru_pytorch(state_dict: dict[str, Tensor]) -> MinRNNForCausalLM:
             raise ValueError(f"this is not the state dict of a minLM of minGRU-pytorch 0.2.1: it has no {name}")
         return rest.pop(name)
 
-    embedding = take("token_emb.weight")
+    weights = {ours: take(theirs) for theirs, ours in MODEL_NAMES.items()}
+    embedding = weights["model.embed_tokens.weight"]
     vocab_size, H = embedding.shape
     cell_type = "minlstm" if f"layers.0.2.{PROJECTIONS['minlstm']}.weight" in rest else "mingru"
-    num_layers = len({name.split(".")[1] for name in rest if name.startswith("layers.")})
-    weights = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": take("norm.weight"),
-        "lm_head.weight": take("to_logits.weight"),
-    }
+    num_layers, D = len({name.split(".")[1] for name in rest if name.startswith("layers.")}), 0
     for i in range(num_layers):
-        weights |= _layer(take, i, cell_type, len(weights["model.norm.weight"]), rest)
-    D = weights["model.layers.0.rnn.out_proj.weight"].shape[1] if num_layers else 0
+        theirs, ours = f"layers.{i}.", f"model.layers.{i}."
+        weights |= {ours + name: take(theirs + their_name) for their_name, name in LAYER_NAMES.items()}
+        projection = take(f"{theirs}2.{PROJECTIONS[cell_type]}.weight")
+        D = len(projection) // len(cell_of(cell_type).blocks(0))
+        has_output = D != H or f"{theirs}2.to_out.weight" in rest
+        weights[ours + "rnn.in_proj.weight"] = _gates_first(projection, D)
+        weights[ours + "rnn.out_proj.weight"] = take(f"{theirs}2.to_out.weight") if has_output else torch.eye(H)
     if rest or not num_layers:
         what = next(iter(rest), "no layers")
         raise ValueError(f"this is not the state dict of a minLM of minGRU-pytorch 0.2.1: {what}")
@@ -76,21 +92,9 @@ def convert_mingru_pytorch(state_dict: dict[str, Tensor]) -> MinRNNForCausalLM:
     return model
 
 
-def _layer(take: Callable[[str], Tensor], i: int, cell_type: str, H: int, rest: dict) -> dict[str, Tensor]:
-    """The weights of layer i, by our names."""
-    theirs, ours = f"layers.{i}.", f"model.layers.{i}."
-    candidate, *gates = take(f"{theirs}2.{PROJECTIONS[cell_type]}.weight").chunk(len(cell_of(cell_type).blocks(0)))
-    has_output = f"{theirs}2.to_out.weight" in rest or len(candidate) != H
-    return {
-        ours + "rnn_norm.weight": take(theirs + "1.weight"),
-        ours + "rnn.in_proj.weight": torch.cat([*gates, candidate]),
-        ours + "rnn.out_proj.weight": take(theirs + "2.to_out.weight") if has_output else torch.eye(H),
-        ours + "mlp_norm.weight": take(theirs + "3.weight"),
-        ours + "mlp.up_proj.weight": take(theirs + "4.0.weight"),
-        ours + "mlp.up_proj.bias": take(theirs + "4.0.bias"),
-        ours + "mlp.down_proj.weight": take(theirs + "4.2.weight"),
-        ours + "mlp.down_proj.bias": take(theirs + "4.2.bias"),
-    }
+def _gates_first(projection: Tensor, D: int) -> Tensor:
+    """[candidate | gates], each of D rows, as [gates | candidate]."""
+    return torch.cat([projection[D:], projection[:D]])
 
 
 def convert_layer(state_dict: dict[str, Tensor], **kwargs) -> MinRNN:
@@ -105,33 +109,23 @@ def convert_layer(state_dict: dict[str, Tensor], **kwargs) -> MinRNN:
 
     Raises ValueError for other names.
     """
-    listings = {"mingru": ("linear_z", "linear_h"), "minlstm": ("linear_f", "linear_i", "linear_h")}
-    for cell_type, name in PROJECTIONS.items():
-        if set(state_dict) == {f"{name}.weight"}:
-            candidate, *gates = state_dict[f"{name}.weight"].chunk(len(cell_of(cell_type).blocks(0)))
-            return _filled(cell_type, {"weight": torch.cat([*gates, candidate])}, kwargs)
-    for cell_type, names in listings.items():
-        for kinds in (("weight", "bias"), ("weight",)):
-            if set(state_dict) == {f"{name}.{kind}" for name in names for kind in kinds}:
-                tensors = {kind: torch.cat([state_dict[f"{name}.{kind}"] for name in names]) for kind in kinds}
-                return _filled(cell_type, tensors, kwargs)
-    raise ValueError(
-        f"{sorted(state_dict)} are not the weights of one layer: expected one of {list(PROJECTIONS.values())}, or "
-        f"{' or '.join(map(str, listings.values()))}; a projection of the output (to_out) is no part of it"
-    )
-
-
-def _filled(cell_type: str, tensors: dict[str, Tensor], kwargs: dict[str, Any]) -> MinRNN:
+    kinds = ("weight", "bias") if any(name.endswith(".bias") for name in state_dict) else ("weight",)
+    wanted = {names: {f"{name}.{kind}" for name in names for kind in kinds} for names in LAYERS}
+    names = next((names for names in LAYERS if wanted[names] == set(state_dict)), None)
+    if names is None:
+        raise ValueError(
+            f"{sorted(state_dict)} are not the weights of one layer: expected one of {[*LAYERS]}; a projection of the "
+            "output (to_out) is no part of it"
+        )
+    cell_type = LAYERS[names]
+    tensors = {kind: torch.cat([state_dict[f"{name}.{kind}"] for name in names]) for kind in kinds}
     width, input_size = tensors["weight"].shape
-    layer = MinRNN(
-        input_size,
-        width // len(cell_of(cell_type).blocks(0)),
-        bias="bias" in tensors,
-        dtype=tensors["weight"].dtype,
-        cell_type=cell_type,
-        **kwargs,
-    )
-    layer.load_state_dict({f"projections.0.in_proj.{kind}": tensor for kind, tensor in tensors.items()})
+    D = width // len(cell_of(cell_type).blocks(0))
+    if len(names) == 1:
+        tensors = {kind: _gates_first(tensor, D) for kind, tensor in tensors.items()}
+    dtype = tensors["weight"].dtype
+    layer = MinRNN(input_size, D, bias="bias" in tensors, dtype=dtype, cell_type=cell_type, **kwargs)
+    layer.projections[0].in_proj.load_state_dict(tensors)
     return layer
 
 
