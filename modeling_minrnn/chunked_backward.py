@@ -49,16 +49,16 @@ def sequence_chunked_backward(
     cache = kwargs.pop("past_key_values", None)
     if cache is None:
         cache = DynamicCache(config=config)
-    shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-    shift_labels = shifted if (given := kwargs.pop("shift_labels", None)) is None else given
-    _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs)
+    shift_labels = kwargs.pop("shift_labels", None)
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    _check(config, input_ids, {"labels": labels, "shift_labels": shift_labels}, chunk_size, cache, kwargs)
     chunks = _chunks(input_ids, shift_labels, chunk_size, cache, kwargs)
     kwargs |= {"use_cache": False, "logits_to_keep": NO_LOGITS}  # given a cache, the model updates it all the same
     if kwargs.get("num_items_in_batch") is None:
         kwargs["num_items_in_batch"] = (shift_labels != -100).sum()
-
     start = _snapshot(cache)
-    states, random_states = Kept(len(chunks)), Kept(len(chunks))
+    states, random_states = PerChunk(len(chunks)), PerChunk(len(chunks))
     device_type, devices = input_ids.device.type, get_device_states(input_ids)[0]
     with torch.no_grad():
         for n, chunk in enumerate(chunks):
@@ -68,7 +68,7 @@ def sequence_chunked_backward(
             model(**chunk | {"labels": None}, past_key_values=cache, **kwargs)
 
     losses = []
-    d_ends: list[Tensor | None] = [None] * len(_tensors(cache))
+    d_ends: list[Tensor | None] = []  # of the loss after a chunk, by the state that the chunk ends with
     for n, chunk in reversed(list(enumerate(chunks))):
         state = start if n == 0 else _snapshot(cache, states[n])
         leaves = _tensors(state)
@@ -79,27 +79,22 @@ def sequence_chunked_backward(
                 torch.set_rng_state(cpu_random_state)
                 set_device_states(devices, device_random_states, device_type=device_type)
                 loss = model(**chunk, past_key_values=state, **kwargs).loss
-            _backward(loss, _tensors(state), d_ends, device_type)
+            ends = [
+                (end, d_end) for end, d_end in zip(_tensors(state), d_ends) if end.requires_grad and d_end is not None
+            ]
+            with torch.autocast(device_type, enabled=False):
+                torch.autograd.backward(*zip((loss, None), *ends))
         d_ends = [leaf.grad for leaf in leaves] if n > 0 else []
         losses.append(loss.detach())
     return torch.stack(losses).sum()
 
 
-def _backward(loss: Tensor, ends: list[Tensor], d_ends: list[Tensor | None], device_type: str) -> None:
-    """Of a chunk: from its loss, and from the state that it ends with."""
-    roots = [(end, d_end) for end, d_end in zip(ends, d_ends) if end.requires_grad]
-    roots = [(loss, None), *(root for root in roots if root[1] is not None)]
-    tensors, gradients = zip(*roots)
-    with torch.autocast(device_type, enabled=False):
-        torch.autograd.backward(tensors, gradients)
-
-
-def _check(config, input_ids, labels, shift_labels, chunk_size, cache, kwargs) -> None:
+def _check(config, input_ids: Tensor, labels: dict[str, Tensor], chunk_size: int, cache: Cache, kwargs) -> None:
     if is_transformed():
         raise RuntimeError("for torch.func and forward mode differentiate the loss of the model, which is one graph")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1 token, not {chunk_size}")
-    for name, tensor in (("labels", labels), ("shift_labels", shift_labels)):
+    for name, tensor in labels.items():
         if tensor.shape != input_ids.shape:
             raise ValueError(f"{name} must be {tuple(input_ids.shape)} like input_ids, not {tuple(tensor.shape)}")
     if any(layer.is_compileable for layer in cache.layers):
@@ -115,16 +110,8 @@ def _chunks(
     B, T = input_ids.shape
     padding_mask = padding_mask_of(kwargs.pop("attention_mask", None), B, T)
     # Here and not in the chunks: where documents are numbered, the first token of a chunk does not tell of a new one.
-    reset_mask = reset_mask_of(
-        kwargs.pop("reset_mask", None),
-        kwargs.pop("seq_idx", None),
-        kwargs.pop("cu_seq_lens_q", None),
-        kwargs.pop("position_ids", None),
-        padding_mask,
-        B,
-        T,
-        cache,
-    )
+    marks = [kwargs.pop(name, None) for name in ("reset_mask", "seq_idx", "cu_seq_lens_q", "position_ids")]
+    reset_mask = reset_mask_of(*marks, padding_mask, B, T, cache)
     tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
     if padding_mask is not None:
         tensors["attention_mask"] = ~padding_mask
@@ -133,11 +120,11 @@ def _chunks(
     return [dict(zip(tensors, parts)) for parts in zip(*(x.split(size, 1) for x in tensors.values()))]
 
 
-class Kept:
-    """Tensors for each chunk, in one tensor for all chunks.
+class PerChunk:
+    """Small tensors for each chunk, all chunks in one allocation.
 
-    One by one they would lie between the large tensors that come and go with a chunk, and the C library, which cannot
-    move them, would not find room for the next large ones there: memory would grow with the number of chunks.
+    Allocated one by one they would fragment the heap between the large tensors of each chunk: memory would grow with
+    the number of chunks.
     """
 
     def __init__(self, chunks: int):

@@ -1,10 +1,10 @@
 """Configuration of the MinRNN models."""
 
 import difflib
-import functools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +28,11 @@ CELL_OPTIONS = {
 }
 
 
+def cells_with(option: str) -> list[str]:
+    """The names of the cells that have this option."""
+    return [name for name, cell in CELLS.items() if option in cell.__dataclass_fields__]
+
+
 def refuse_misspelled(names: Iterable[str]) -> None:
     """Raise ValueError for what is nearly the name of a field, or words of one, as num_layers."""
     fields = list(MinRNNConfig.__annotations__)
@@ -44,25 +49,15 @@ def refuse_misspelled(names: Iterable[str]) -> None:
             raise ValueError(f"MinRNNConfig has no field {name!r}; did you mean {nearest[0]!r}?")
 
 
-def raise_value_errors(config_class):
+@contextmanager
+def value_errors() -> Iterator[None]:
     """Turn what `strict` raises while a configuration is built or saved into a ValueError of one line."""
-
-    def in_one_line(method):
-        @functools.wraps(method)
-        def wrapped(*args, **kwargs):
-            try:
-                return method(*args, **kwargs)
-            except StrictDataclassError as error:
-                raise ValueError(f"{config_class.__name__}: {' '.join(str(error).split())}") from error
-
-        return wrapped
-
-    config_class.__init__ = in_one_line(config_class.__init__)
-    config_class.validate = in_one_line(config_class.validate)
-    return config_class
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(f"MinRNNConfig: {' '.join(str(error).split())}") from error
 
 
-@raise_value_errors
 @strict
 class MinRNNConfig(PreTrainedConfig):
     """Shape and behaviour of a MinRNN model: minGRU, minLSTM (arXiv 2410.01201) or another cell of `cells.py`.
@@ -160,7 +155,8 @@ class MinRNNConfig(PreTrainedConfig):
             self.initializer_range = max(self.hidden_size, 1) ** -0.5  # a width below 1 is refused, but later
         for name, (default, elsewhere) in CELL_OPTIONS.items():
             if getattr(self, name) is None and math.isfinite(self.expansion_factor):
-                setattr(self, name, default(self.state_size) if self._has_option(name) else elsewhere)
+                is_option = set(cells_with(name)) & set(self.cell_types)
+                setattr(self, name, default(self.state_size) if is_option else elsewhere)
         if self.use_cache is None:
             self.use_cache = not self.bidirectional
         if self.bidirectional:  # transformers warns of rules for modules that are not there
@@ -202,14 +198,10 @@ class MinRNNConfig(PreTrainedConfig):
     @property
     def cells(self) -> list[Cell]:
         """The cell of each layer, with its options."""
-        cells = [CELLS[name] for name in self.cell_types]
         return [
-            cell(**{name: getattr(self, name) for name in CELL_OPTIONS if name in cell.__dataclass_fields__})
-            for cell in cells
+            CELLS[cell](**{name: getattr(self, name) for name in CELL_OPTIONS if cell in cells_with(name)})
+            for cell in self.cell_types
         ]
-
-    def _has_option(self, name: str) -> bool:
-        return any(name in CELLS[cell].__dataclass_fields__ for cell in self.cell_types if cell in CELLS)
 
     @property
     def layer_types(self) -> list[str]:
@@ -275,13 +267,16 @@ class MinRNNConfig(PreTrainedConfig):
                 f"{len(self.cell_types)}"
             )
         for name, (_, elsewhere) in CELL_OPTIONS.items():
-            if getattr(self, name) not in (None, elsewhere) and not self._has_option(name):
-                having = [cell for cell in CELLS if name in CELLS[cell].__dataclass_fields__]
+            having = cells_with(name)
+            if getattr(self, name) not in (None, elsewhere) and not set(having) & set(self.cell_types):
                 raise ValueError(f"{name} is an option of {' and '.join(having)}, not of {self.cell_type}")
         for cell in self.cells:
             cell.blocks(self.state_size)
         if self.max_timescale is not None and not any(cell.remembers_by for cell in self.cells):
             raise ValueError(f"max_timescale sets the memory of gates, which {self.cell_type} does not have")
 
+
+for _method in ("__init__", "validate"):
+    setattr(MinRNNConfig, _method, value_errors()(getattr(MinRNNConfig, _method)))
 
 __all__ = ["MinRNNConfig"]

@@ -137,11 +137,12 @@ class MinRNN(nn.Module):
             if by is None or (by == "bias" and not self.bias):
                 raise ValueError(f"max_timescale sets the memory of gates, by a {by or 'cell'} that is not there")
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initial values: of nn.Linear, and of the cell."""
         for i, projection in enumerate(self._projections()):
             projection.in_proj.reset_parameters()
-            projection.initialize(_copy, i // (1 + self.bidirectional), self.num_layers, self.max_timescale)
+            projection.initialize(Tensor.copy_, i // (1 + self.bidirectional), self.num_layers, self.max_timescale)
 
     def flatten_parameters(self) -> None:
         """Nothing, for code that calls it on nn.GRU: there is no cuDNN to lay weights out for."""
@@ -245,9 +246,8 @@ class MinRNN(nn.Module):
         if x.dim() not in (1, 2):
             raise ValueError(f"a step must be (B, {self.input_size}) or ({self.input_size},), not {tuple(x.shape)}")
         time = 0 if x.dim() == 1 or not self.batch_first else 1
-        given = {"reset_mask": reset_mask, "time_deltas": time_deltas}
-        given = {name: None if value is None else value.unsqueeze(-1) for name, value in given.items()}
-        output, h = self.forward(x.unsqueeze(time), h, **given)
+        marks = [None if given is None else given.unsqueeze(-1) for given in (reset_mask, time_deltas)]
+        output, h = self.forward(x.unsqueeze(time), h, reset_mask=marks[0], time_deltas=marks[1])
         return cast(Tensor, output).squeeze(time), h
 
     def _check_inputs(self, shape: tuple[int, ...], hx: Tensor | None, time_deltas: Tensor | None) -> None:
@@ -337,11 +337,6 @@ def _over_time(cell: Cell, projected: Tensor, parameters: Tensor, time_deltas: T
     else:
         raise ValueError(f"time_deltas are for mingru, minlstm, hgrn and lru, not for {cell.name!r}")
     return cell_of(scanned), torch.cat(columns, -1), projected.new_empty(0)
-
-
-@torch.no_grad()
-def _copy(parameter: Tensor, value: Tensor) -> None:
-    parameter.copy_(value)
 
 
 __all__ = ["MinGRU", "MinLSTM", "MinRNN"]
