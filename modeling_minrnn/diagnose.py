@@ -4,11 +4,13 @@ B batch, T time, D state width, N real tokens.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cells import Cell
+from .scan import scan_states
 
 SATURATED = 0.99  # a gate beyond this, or below 1 - this, has hardly a gradient
 SMALLEST_LOG = -104.0  # of float32: what a first token leaves of a state that has seen nothing is zero
@@ -31,6 +33,18 @@ class StateReport:
         self.name, self.tokens, self.largest_state = name, 0, 0.0
         self._log_a = torch.zeros(())
         self._remembering = self._forgetting = self._norm = 0.0
+
+    def listen(self, rnn: Any, arguments: tuple, output: tuple[Tensor, ...]) -> None:
+        """Add what a `MinRNNRecurrence` has just computed: its forward hook."""
+        hidden_states, masks, carried, *_ = *arguments, None
+        start = rnn.start(hidden_states).expand(len(hidden_states), -1)
+        start = start if carried is None else carried.state_or(start)
+        projected, states = rnn.in_proj(hidden_states), output[1]
+        parameters = rnn.parameters_of_cell(projected)
+        if rnn.cell.has_matrices:  # of which a forward pass returns the latest states alone
+            scanned = scan_states(projected, rnn.cell, start, parameters, masks, backend="loop")
+            states = scanned.all_states()
+        self.add(rnn.cell, projected, parameters, start, states, masks.padding)
 
     def add(
         self, cell: Cell, projected: Tensor, parameters: Tensor, start: Tensor, states: Tensor, padding: Tensor | None

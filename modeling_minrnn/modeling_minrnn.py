@@ -339,29 +339,13 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         if attention_mask is not None and not attention_mask.any():
             raise ValueError("attention_mask is 0 everywhere: there is no token to report on")
         reports = []
-
-        def listen_to(report: StateReport) -> Callable:
-            def listen(rnn, arguments, output):
-                hidden_states, masks = arguments[:2]
-                carried = arguments[2] if len(arguments) > 2 else None
-                start = rnn.start(hidden_states).expand(len(hidden_states), -1)
-                start = start if carried is None else carried.state_or(start)
-                projected = rnn.in_proj(hidden_states)
-                parameters, states = rnn.parameters_of_cell(projected), output[1]
-                if rnn.cell.has_matrices:
-                    scanned = scan_states(projected, rnn.cell, start, parameters, masks, backend="loop")
-                    states = scanned.all_states()
-                report.add(rnn.cell, projected, parameters, start, states, masks.padding)
-
-            return listen
-
         with ExitStack() as hooks:
             hooks.callback(self.train, self.training)
             self.eval()
             for name, module in self.base_model.named_modules():
                 if isinstance(module, MinRNNRecurrence):
                     reports.append(StateReport(name))
-                    hooks.enter_context(module.register_forward_hook(listen_to(reports[-1])))
+                    hooks.enter_context(module.register_forward_hook(reports[-1].listen))
             if self.config.bidirectional:
                 self.base_model(input_ids, attention_mask=attention_mask)
                 return reports
