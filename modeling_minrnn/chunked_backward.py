@@ -82,8 +82,9 @@ def sequence_chunked_backward(
             ends = [
                 (end, d_end) for end, d_end in zip(_tensors(state), d_ends) if end.requires_grad and d_end is not None
             ]
+            tensors, gradients = zip((loss, None), *ends)
             with torch.autocast(device_type, enabled=False):
-                torch.autograd.backward(*zip((loss, None), *ends))
+                torch.autograd.backward(tensors, gradients)
         d_ends = [leaf.grad for leaf in leaves] if n > 0 else []
         losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -110,8 +111,8 @@ def _chunks(
     B, T = input_ids.shape
     padding_mask = padding_mask_of(kwargs.pop("attention_mask", None), B, T)
     # Here and not in the chunks: where documents are numbered, the first token of a chunk does not tell of a new one.
-    marks = [kwargs.pop(name, None) for name in ("reset_mask", "seq_idx", "cu_seq_lens_q", "position_ids")]
-    reset_mask = reset_mask_of(*marks, padding_mask, B, T, cache)
+    marks = {name: kwargs.pop(name, None) for name in ("reset_mask", "seq_idx", "cu_seq_lens_q", "position_ids")}
+    reset_mask = reset_mask_of(**marks, padding_mask=padding_mask, B=B, T=T, past_key_values=cache)
     tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
     if padding_mask is not None:
         tensors["attention_mask"] = ~padding_mask

@@ -12,7 +12,7 @@ from .modeling_minrnn import MinRNNForCausalLM
 
 PROJECTIONS = {"mingru": "to_hidden_and_gate", "minlstm": "to_hidden_and_f_i_gate"}
 # The linear maps of a bare layer: in that package, and in the listings of the paper.
-LAYERS = {(name,): cell_type for cell_type, name in PROJECTIONS.items()}
+LAYERS: dict[tuple[str, ...], str] = {(name,): cell_type for cell_type, name in PROJECTIONS.items()}
 LAYERS |= {("linear_z", "linear_h"): "mingru", ("linear_f", "linear_i", "linear_h"): "minlstm"}
 CONVOLUTION = re.compile(r"layers\.\d+\.0\.net\.")
 # Their names of tensors that are alike, and ours: of the model, and of a layer.
@@ -125,7 +125,7 @@ def convert_layer(state_dict: dict[str, Tensor], **kwargs) -> MinRNN:
         tensors = {kind: _gates_first(tensor, D) for kind, tensor in tensors.items()}
     dtype = tensors["weight"].dtype
     layer = MinRNN(input_size, D, bias="bias" in tensors, dtype=dtype, cell_type=cell_type, **kwargs)
-    layer.projections[0].in_proj.load_state_dict(tensors)
+    layer.load_state_dict({f"projections.0.in_proj.{kind}": tensor for kind, tensor in tensors.items()})
     return layer
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -525,11 +526,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 "gradient checkpointing with use_reentrant=True loses the gradient through past_key_values: detach "
                 'their layers, or pass gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        if context_parallel_group is None:
-            return
-        if self.config.bidirectional:
+        if context_parallel_group is not None and self.config.bidirectional:
             raise ValueError("a bidirectional model reads a sequence in one process: no context_parallel_group")
-        if any(layer.record_past for layer in cache_layers):
+        if context_parallel_group is not None and any(layer.record_past for layer in cache_layers):
             raise ValueError("with a context_parallel_group past_key_values cannot record the states to go back to")
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -538,7 +537,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         except IndexError:
             smallest, largest = input_ids.min().item(), input_ids.max().item()
             if 0 <= smallest and largest < self.config.vocab_size:
-                raise  # of what a hook or an adapter does
+                raise  # raised by a hook or an adapter, not by our ids
             wrong = smallest if smallest < 0 else largest
             vocabulary = f"0..{self.config.vocab_size - 1}"
             raise ValueError(f"token id {wrong} is not in the vocabulary: ids must be in {vocabulary}") from None
@@ -548,10 +547,9 @@ def _refuse_unknown_arguments(arguments: dict) -> None:
     for name, value in arguments.items():
         if value is not None and name not in KNOWN_ARGUMENTS:
             known = [*inspect.signature(MinRNNModel.forward).parameters, *KNOWN_ARGUMENTS]
-            nearest = (
-                [FOREIGN_ARGUMENTS[name]] if name in FOREIGN_ARGUMENTS else difflib.get_close_matches(name, known)
-            )
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            nearest = [FOREIGN_ARGUMENTS.get(name), *difflib.get_close_matches(name, known)]
+            meant = next(filter(None, nearest), None)
+            hint = f"; did you mean {meant!r}?" if meant else ""
             raise TypeError(f"MinRNN models have no argument {name!r}{hint}")
 
 
@@ -697,34 +695,16 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             workload_hints,
         )
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        **kwargs,
-    ) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs) -> dict:
         """As in transformers, in a quarter of the time for the next token of plain decoding."""
-        is_next = next_sequence_length == 1 and not is_first_iteration
-        if is_next and past_key_values is not None and type(past_key_values) is DynamicCache:
-            state = past_key_values.layers[0].keys  # on the device of the model
-            plain = kwargs.keys() <= {"use_cache", "logits_to_keep"} and state is not None
-            if plain and state.is_cpu and input_ids.is_cpu:
-                token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
-                found = {"input_ids": token, "past_key_values": past_key_values, **kwargs}
-                return found if attention_mask is None else found | {"attention_mask": attention_mask}
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
+        is_next = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        cache: Any = kwargs.get("past_key_values")
+        if is_next and type(cache) is DynamicCache and cache.layers[0].keys is not None:
+            inputs = {name: kwargs[name] for name in kwargs.keys() - {"next_sequence_length", "is_first_iteration"}}
+            plain = inputs.keys() <= {"past_key_values", "attention_mask", "use_cache", "logits_to_keep"}
+            if plain and cache.layers[0].keys.is_cpu and input_ids.is_cpu:  # the state is on the device of the model
+                return inputs | {"input_ids": input_ids[:, -1:].clone(memory_format=torch.contiguous_format)}
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _get_static_cache_init_shape(self) -> None:
         """None, for chunked prefill: the state has no attention heads."""
@@ -770,7 +750,7 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        # No product for nothing: after it fully_shard would let go of the head before the loss has used it.
+        # Skip the empty matmul: fully_shard would reshard lm_head after it, before the loss has used it.
         logits = self.lm_head(kept) if kept.shape[1] else kept.new_empty(*kept.shape[:2], self.vocab_size)
         loss = None
         if labels is not None:
