@@ -73,12 +73,12 @@ TASK_NAMES = {
 AUTO_MAP = {"AutoConfig": "configuration_minrnn.MinRNNConfig", "AutoModel": "modeling_minrnn.MinRNNModel"}
 AUTO_MAP |= {f"AutoModel{task}": f"modeling_minrnn.MinRNN{task}" for task in TASK_NAMES}
 
-# What libraries pass to any model, beside the arguments of MinRNNModel.forward; none of it changes what is computed.
+# Arguments that libraries pass to any model, beside those of MinRNNModel.forward. They change no output of the model.
 KNOWN_ARGUMENTS = {
     *TransformersKwargs.__annotations__, "labels", "shift_labels", "ignore_index", "logits_to_keep", "return_dict",
     "cache_position", "token_type_ids", "tokenizer", "assistant_tokenizer",
 }  # fmt: skip
-# What other libraries call these arguments.
+# Names that other libraries give to our arguments.
 FOREIGN_ARGUMENTS = {
     "cache_params": "past_key_values", "state": "past_key_values", "prev_hiddens": "past_key_values",
     "past_key_value": "past_key_values", "cu_seqlens": "cu_seq_lens_q", "cu_seq_lens": "cu_seq_lens_q",
@@ -89,14 +89,14 @@ CONV_INITIALIZER_STD = 0.2
 
 logger = logging.get_logger(__name__)
 
-NO_LOGITS = torch.empty(0, dtype=torch.long)  # for `logits_to_keep`: the loss alone
+NO_LOGITS = torch.empty(0, dtype=torch.long)  # `logits_to_keep=NO_LOGITS` returns the loss alone
 LOSS_CHUNK_ELEMENTS = 1 << 25  # logits at a time, 128 MiB in float32
 LOSS_CHUNK_ELEMENTS_ACCELERATOR = 1 << 27  # with 50,000 words 2,700 tokens: the rows of a product that fills a GPU
 DIAGNOSIS_CHUNK_TOKENS = 4096
 
 
 class MinRNNCausalConv(nn.Module):
-    """What the convolution adds to the residual stream."""
+    """A causal depthwise convolution, whose output is added to the residual stream."""
 
     def __init__(self, config: MinRNNConfig):
         super().__init__()
@@ -113,7 +113,7 @@ class MinRNNRecurrence(CellProjection):
     initial_state: nn.Parameter | None
 
     def __init__(self, config: MinRNNConfig, layer_idx: int):
-        # Loaded from the Hub, a configuration has its own copy of cells.py, whose classes are not those of the scan.
+        # A configuration loaded from the Hub has its own copy of cells.py: look its cell up among the classes of ours.
         cell, D = cell_of(config.cells[layer_idx].spec), config.state_size
         bias = config.max_timescale is not None and cell.remembers_by == "bias"
         super().__init__(cell, config.hidden_size, D, bias)  # under tensor parallelism state_size will be a part of D
@@ -138,16 +138,16 @@ class MinRNNRecurrence(CellProjection):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states (B, T, H) -> output (B, T, H), states (B, T, S), final state (B, S).
 
-        Of matrices the states are those of the latest tokens, as many as may have to be gone back to.
+        Cells with matrices return the states of the last tokens alone, as many as a rollback may need.
         """
-        # Within this forward, as parameters may be offloaded or sharded outside that of their own module.
+        # Parameters are read in the forward of their own module: outside it they may be offloaded or sharded.
         start = self.start(hidden_states)
         state, latest = start.expand(hidden_states.shape[0], -1), 0
         projected = self.in_proj(hidden_states)
         dtype, parameters = projected.dtype, self.parameters_of_cell(projected)
         if carried is not None:
             state = carried.state_or(state)
-            if carried.record_past:  # a state to go back to must be as exact as the final one, whatever the dtype
+            if carried.record_past:  # a recorded state must be as exact as the final one, whatever the dtype
                 projected, latest = projected.to(state.dtype), MAX_ROLLBACK_TOKENS + 1
         scanned = scan_states(projected, self.cell, state, parameters, masks, start, self.backend, group, latest)
         outputs = scanned.outputs.to(dtype)
@@ -202,13 +202,13 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """
         Args:
-            carried: what to go on from; None to start anew, and leave nothing to go on from but the state.
-            reverse_masks: of the sequence read from its end, where bidirectional.
+            carried: the cached state to continue from; None without a cache.
+            reverse_masks: the masks of the reversed sequence, for a bidirectional model.
 
         Returns:
-            hidden_states (B, T, H), and for `MinRNNDynamicLayer.update` the final state, the final window and, where
-            carried.record_past, those after each of the latest tokens. The cache is read before and written after
-            this call: gradient checkpointing calls twice.
+            hidden_states (B, T, H), and the arguments of `MinRNNDynamicLayer.update`: the final state, the final
+            window and, with carried.record_past, both after each of the last tokens. The caller reads the cache before
+            this call and writes it afterwards, as gradient checkpointing calls twice.
         """
         B, T, H = hidden_states.shape
         window = hidden_states.new_zeros(B, self.window_size, H)
@@ -256,15 +256,15 @@ class MinRNNPreTrainedModel(PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if cls.task is not None:  # a subclass of another name, as FSDP makes one, does the same
+        if cls.task is not None:  # subclasses of any name, as FSDP makes them, are for the same task
             TASK_NAMES[cls.task][f"minrnn {cls.__name__}"] = cls.__name__
 
     def __init__(self, config: MinRNNConfig, *args, **kwargs):
-        config.validate_architecture()  # its fields may have been set since it was built
+        config.validate_architecture()  # its fields may have been changed since it was built
         config.validate_token_ids()
         super().__init__(config, *args, **kwargs)
         if self.task is not None:
-            self.loss_type = self.task  # which transformers reads off the name of the class
+            self.loss_type = self.task  # transformers takes it from the name of the class
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
         if attn_implementation not in (None, "eager"):
@@ -279,7 +279,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers. Raises ValueError for a truncated or damaged file of weights, by its name."""
+        """As in transformers. Raises ValueError that names a truncated or damaged file of weights."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
@@ -314,8 +314,8 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         return super().maybe_distribute_model(model, distributed_config, mesh)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # transformers passes over modules of custom code without parameters of their own; here they see to those of
-        # their children, through `init`, which leaves alone what was loaded.
+        # For custom code transformers skips modules without parameters of their own. Ours initialise those of their
+        # children, through `init`, which leaves loaded tensors alone.
         super()._initialize_weights(module)
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -324,18 +324,17 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         if isinstance(self, MinRNNForCausalLM):  # `transformers serve` asks for this class before it looks at its own
             self.config.auto_map["AutoModelForDecision"] = AUTO_MAP["AutoModelForCausalLM"]
         super().save_pretrained(save_directory, **kwargs)
-        # safetensors lets only the owner read its files; config.json follows the umask.
+        # safetensors writes files that only the owner can read; config.json follows the umask.
         for file in Path(save_directory).glob("*.safetensors"):
             file.chmod(Path(save_directory, "config.json").stat().st_mode & 0o777)
 
     @torch.no_grad()
     def diagnose_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[StateReport]:
-        """What the state of each recurrence does while the model reads, in evaluation mode: timescales, saturation
-        and size.
+        """Timescales, saturation and size of each recurrent state while the model reads, in evaluation mode.
 
         Args:
-            input_ids: (B, T); a long text is read in parts, in the memory of one.
-            attention_mask: (B, T), 0 for padding, which does not count.
+            input_ids: (B, T); a long text is read in parts of DIAGNOSIS_CHUNK_TOKENS, in the memory of one.
+            attention_mask: (B, T), 0 for padding, which is not counted.
         """
         if attention_mask is not None and not attention_mask.any():
             raise ValueError("attention_mask is 0 everywhere: there is no token to report on")
@@ -416,7 +415,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         B, T = given.shape[:2]
         if use_cache and past_key_values is None and not self.config.bidirectional:
             past_key_values = DynamicCache(config=self.config)
-        # Fewer than there are where an early exit drafts tokens.
+        # An early exit, as an assistant that drafts tokens, uses the first layers alone.
         layers = list(self.layers)[: self.config.num_hidden_layers]
         if use_cache or past_key_values is not None or context_parallel_group is not None:
             self._check_state(use_cache, past_key_values, context_parallel_group, len(layers))
@@ -434,7 +433,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         )
 
     def _run(self, layers, hidden_states: Tensor, masks: Masks, past_key_values: Cache | None, group) -> Tensor:
-        """The layers one after the other; each reads its state from the cache before, and leaves it there after."""
+        """All layers; each reads its state from the cache before, and writes it back afterwards."""
         T = num_tokens = hidden_states.shape[1]
         if group is not None and past_key_values is not None:  # of all ranks
             num_tokens = int(all_gather(torch.tensor([T], device=hidden_states.device), group).sum())
@@ -625,8 +624,8 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
-        """The mask of the new tokens alone, None where it is ones, as a compiled step cannot ask: in shape and strides
-        the same from step to step of a static cache."""
+        """The mask of the new tokens alone, None where it is all ones. With a static cache its shape and strides stay
+        the same from step to step, and a compiled step does not look at its values."""
         if attention_mask is None:
             return None
         new = attention_mask[:, -inputs_embeds.shape[1] :]
@@ -651,14 +650,14 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *args) -> None:
-        """None: a prompt is one document, and padding is told by the mask."""
+        """None: a prompt is one document, and the mask tells where padding is."""
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, *args, **kwargs) -> Tensor:
-        """Of tokens that come without a mask: transformers assumes one, by the padding token."""
+        """As in transformers, which derives the mask from the padding token where none is given."""
         attention_mask = super()._prepare_attention_mask_for_generation(
             inputs_tensor, generation_config, *args, **kwargs
         )
-        if not generation_config.is_assistant:  # which is given what was generated, whatever it ends in
+        if not generation_config.is_assistant:  # an assistant continues generated tokens, whatever they end in
             self._refuse_padding_on_the_right(attention_mask)
         return attention_mask
 
@@ -681,8 +680,8 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
     @torch.no_grad()
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
-        """As in transformers, which reaches it from `generate_batch`, `continuous_batching_context_manager` and its
-        server; see `continuous_batching.MinRNNBatchingConfig`. Needs transformers 5.23."""
+        """As in transformers, whose `generate_batch`, `continuous_batching_context_manager` and server call it; see
+        `continuous_batching.MinRNNBatchingConfig`. Needs transformers 5.23."""
         from .continuous_batching import MinRNNBatchingConfig, RowBatchingManager
 
         kept = getattr(self, "_cached_continuous_batching_manager", None)
@@ -785,7 +784,7 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         size = max(1, elements // self.config.vocab_size)
         if len(shift_labels) <= size:
             return loss_of(hidden_states, shift_labels)
-        # Backward computes the logits of a chunk again: one more product with the head, instead of all in memory.
+        # Backward computes the logits of a chunk again: one more matmul, instead of all logits in memory.
         losses = [
             checkpoint(loss_of, *chunk, use_reentrant=False)
             for chunk in zip(hidden_states.split(size), shift_labels.split(size))
@@ -976,10 +975,10 @@ class MinRNNForQuestionAnswering(MinRNNWithHead):
         )
 
 
-# For each token of custom code `generate` asks which arguments it takes.
+# `generate` inspects the signature of custom code at each token: have it ready.
 MinRNNForCausalLM.forward.__signature__ = inspect.signature(MinRNNForCausalLM.forward)
 
-# Saving a model copies this code beside the weights.
+# save_pretrained copies this code beside the weights.
 for _auto_class, _path in AUTO_MAP.items():
     globals()[_path.split(".")[1]].register_for_auto_class(_auto_class)
 
