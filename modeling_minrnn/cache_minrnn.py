@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-# Of tokens drafted by an assistant; 20 is transformers' own number. `crop` refuses to go back further.
+# `crop` goes back no further. An assistant drafts 20 tokens at a time unless told otherwise.
 MAX_ROLLBACK_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """What a layer goes on from. Gradient checkpointing reads it again in backward, when the cache has moved on.
+    """The state that a layer continues from. Gradient checkpointing reads it again in backward, when the cache has
+    moved on.
 
     Not a pytree: FSDP would round its tensors to the dtype of the weights.
 
     Attributes:
-        state: (B, S), or None where nothing was kept yet.
+        state: (B, S), or None before the first token.
         window: (B, K - 1, H) or None.
-        seen: tokens so far; of a static cache a tensor, as no graph may depend on it.
-        record_past: whether the states of single tokens are kept, to go back to.
+        seen: tokens so far; a tensor in a static cache, so that no compiled graph depends on its value.
+        record_past: whether to keep the states after single tokens, for `crop`.
     """
 
     state: Tensor | None
@@ -34,7 +35,7 @@ class LayerState:
     record_past: bool
 
     def state_or(self, start: Tensor) -> Tensor:
-        """The state, or `start` (B, S) where nothing has been seen.
+        """The state, or `start` (B, S) if no token has been seen.
 
         Raises ValueError if the cache was filled with another batch size or by a model of another shape.
         """
@@ -80,16 +81,15 @@ class MinRNNDynamicLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def read(self) -> LayerState:
-        """What the layer goes on from."""
+        """The state to continue from."""
         return LayerState(self.keys, self.values, self.cumulative_length, self.record_past)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, past: Sequence[tuple[Tensor, Tensor]] = (), num_tokens: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Replace the state and window, `num_tokens` further on.
+        """Replace the state and window by those after `num_tokens` more tokens.
 
-        past: (state, window) after each of the latest of these tokens, the last one included; needed for `crop` where
-            `record_past` is set.
+        past: (state, window) after each of the last of these tokens, for `crop`; needed if `record_past` is set.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -136,13 +136,11 @@ class MinRNNDynamicLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
-    # A state is too small to be worth moving, and is read before any call in which transformers would wait for what it
-    # prefetched.
     def offload(self) -> None:
-        """Nothing: the state stays on the device of its layer, as transformers' linear-attention states do."""
+        """Nothing: a state is too small to be worth moving. It stays on the device of its layer, as transformers'
+        linear-attention states do."""
 
-    def prefetch(self) -> None:
-        """Nothing: see `offload`."""
+    prefetch = offload
 
     def reset(self) -> None:
         super().reset()
@@ -156,7 +154,7 @@ class MinRNNDynamicLayer(CacheLayerMixin):
             self.first_positions = function(self.first_positions)
 
     def detach(self) -> None:
-        """Gradients go no further back than this: truncated backpropagation through time."""
+        """Stop gradients here: truncated backpropagation through time."""
         self._map(Tensor.detach)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -169,7 +167,7 @@ class MinRNNDynamicLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor[indices])
 
     def append_rows(self, others: Sequence["MinRNNDynamicLayer"]) -> None:
-        """The rows of other layers after those of this one. Each has seen tokens; how many is no longer known."""
+        """Append the rows of other layers. All have seen tokens; the number is that of this layer."""
         self.keys = torch.cat([self.keys, *(other.keys for other in others)])
         self.values = torch.cat([self.values, *(other.values for other in others)])
 
@@ -179,9 +177,9 @@ class MinRNNDynamicLayer(CacheLayerMixin):
 
 
 class MinRNNStaticLayer(MinRNNDynamicLayer):
-    """The same in tensors whose addresses never change, so that a compiled decode step is not compiled again."""
+    """The same in tensors whose addresses never change, so that a decode step is compiled once."""
 
-    _layer_type = None  # the base class would file it among the dynamic layers
+    _layer_type = None  # the base class would register it as a dynamic layer
     is_compileable = True
     is_croppable = False
 
@@ -195,7 +193,7 @@ class MinRNNStaticLayer(MinRNNDynamicLayer):
     def read(self) -> LayerState:
         if not self.is_initialized or not torch.is_grad_enabled():
             return super().read()
-        # Backward may read it again, when `_store` has written over it.
+        # Backward may read it again after `_store` has overwritten it.
         return LayerState(self.keys.clone(), self.values.clone(), self.cumulative_length.clone(), self.record_past)
 
     def _store(self, key_states: Tensor, value_states: Tensor, num_tokens: int) -> None:

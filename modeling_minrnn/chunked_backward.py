@@ -1,12 +1,12 @@
 """Exact gradients of a sequence of any length in the memory of one chunk.
 
-B batch, T time, D state width, H hidden size, K convolution kernel size. A chunk knows of the chunks before it by the
-state alone, (B, D) and the convolution window (B, K - 1, H) a layer. So the forward pass keeps only the states s[n]
-before each chunk n, and the backward pass recomputes one chunk at a time, from the last one to the first:
+B batch, T time, D state width, H hidden size, K convolution kernel size. A chunk depends on those before it by the
+state alone: (B, D) and the convolution window (B, K - 1, H) of each layer. So the forward pass keeps only the states
+s[n] before each chunk n, and the backward pass recomputes one chunk at a time, from the last one to the first:
 
     dL/ds[n] = dL_n/ds[n] + (ds[n+1]/ds[n])^T dL/ds[n+1],    L = sum over n of L_n, the loss of the tokens of chunk n.
 
-That is backpropagation through time, not cut anywhere.
+This is backpropagation through time without truncation.
 """
 
 import copy
@@ -29,9 +29,9 @@ def sequence_chunked_backward(
 ) -> Tensor:
     """Add the gradients of `model(input_ids, labels=labels, **kwargs).loss` to the parameters; return that loss.
 
-    Takes two forward passes and one backward pass. In memory at once are the activations of one chunk, and for each
-    chunk the states before it. Every chunk being recomputed, gradient checkpointing is off: a smaller one saves more.
-    Dropout is drawn as by reading the chunks one after the other, and drawn again alike when they are recomputed.
+    It takes two forward passes and one backward pass, and the memory of the activations of one chunk and of the states
+    before each. Gradient checkpointing applies within a chunk; smaller chunks save more. Dropout is drawn as if the
+    chunks were read one after the other, and the same again when they are recomputed.
 
     Args:
         model: MinRNNForCausalLM, or DistributedDataParallel around it, which then reduces the gradients once.
@@ -72,7 +72,7 @@ def sequence_chunked_backward(
     for n, chunk in reversed(list(enumerate(chunks))):
         state = start if n == 0 else _snapshot(cache, states[n])
         leaves = _tensors(state)
-        # Of several processes: gradients are reduced with those of the first chunk, which are the last to come.
+        # Several processes reduce gradients once, after those of the first chunk, which come last.
         with nullcontext() if n == 0 else getattr(model, "no_sync", nullcontext)():
             with torch.random.fork_rng(devices, device_type=device_type):
                 cpu_random_state, *device_random_states = random_states[n]
@@ -110,7 +110,7 @@ def _chunks(
     """What the model is given for each chunk; takes the masks out of kwargs."""
     B, T = input_ids.shape
     padding_mask = padding_mask_of(kwargs.pop("attention_mask", None), B, T)
-    # Here and not in the chunks: where documents are numbered, the first token of a chunk does not tell of a new one.
+    # Not chunk by chunk: the number of a document does not tell whether the first token of a chunk begins a new one.
     marks = {name: kwargs.pop(name, None) for name in ("reset_mask", "seq_idx", "cu_seq_lens_q", "position_ids")}
     reset_mask = reset_mask_of(**marks, padding_mask=padding_mask, B=B, T=T, past_key_values=cache)
     tensors = {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
@@ -139,11 +139,11 @@ class PerChunk:
             kept[n] = tensor
 
     def __getitem__(self, n: int) -> list[Tensor]:
-        return [kept[n].clone() for kept in self.tensors]  # torch takes no view as a random state
+        return [kept[n].clone() for kept in self.tensors]  # torch accepts no view as a random state
 
 
 def _snapshot(cache: Cache, states: list[Tensor] | None = None) -> Cache:
-    """A cache of its own with the same states, or with those given, as leaves that get a gradient."""
+    """A copy of the cache, with its states or with the given ones as leaves that get a gradient."""
     snapshot = copy.copy(cache)
     snapshot.layers = [copy.copy(layer) for layer in cache.layers]
     if states is not None:

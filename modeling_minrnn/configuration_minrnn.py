@@ -14,11 +14,11 @@ from .cells import CELLS, Cell
 
 BACKENDS = ("auto", "loop", "torch", "numba", "triton", "triton_batch_invariant", "log")  # of `scan.minrnn_scan`
 
-# What PEFT adapts where its configuration names no modules: every Linear of the layers.
+# The default target modules of PEFT: every Linear of the layers.
 LORA_TARGET_MODULES = ["in_proj", "gate_proj", "out_proj", "up_proj", "down_proj"]
 
-# Fields that are options of some cells: what None stands for in these, for a state of width D, and in all others.
-# PEFT asks every model for its heads, to divide by: one is what a state without any has.
+# Fields that are options of some cells: the value that None stands for in these cells, for a state of width D, and in
+# all others. PEFT divides by num_heads of any model: it is 1 for cells without heads.
 CELL_OPTIONS = {
     "candidate": (lambda D: "g", None),
     "num_heads": (lambda D: math.gcd(D, 8), 1),
@@ -34,10 +34,10 @@ def cells_with(option: str) -> list[str]:
 
 
 def refuse_misspelled(names: Iterable[str]) -> None:
-    """Raise ValueError for what is nearly the name of a field, or words of one, as num_layers."""
+    """Raise ValueError for a name that is nearly that of a field, or some words of it, as num_layers."""
     fields = list(MinRNNConfig.__annotations__)
     for name in names:
-        # Other unknown names are kept, as everywhere in transformers: libraries add their own to a saved config.
+        # Other unknown names are kept, as in transformers: libraries add their own to a saved config.
         if name in fields or hasattr(PreTrainedConfig, name):
             continue
         if isinstance(getattr(MinRNNConfig, name, None), property):
@@ -152,14 +152,14 @@ class MinRNNConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.initializer_range is None:
-            self.initializer_range = max(self.hidden_size, 1) ** -0.5  # a width below 1 is refused, but later
+            self.initializer_range = max(self.hidden_size, 1) ** -0.5  # validation refuses a width below 1 later
         for name, (default, elsewhere) in CELL_OPTIONS.items():
             if getattr(self, name) is None and math.isfinite(self.expansion_factor):
                 is_option = set(cells_with(name)) & set(self.cell_types)
                 setattr(self, name, default(self.state_size) if is_option else elsewhere)
         if self.use_cache is None:
             self.use_cache = not self.bidirectional
-        if self.bidirectional:  # transformers warns of rules for modules that are not there
+        if self.bidirectional:  # not for other models: transformers warns of rules without a module
             rnn = {name: style for name, style in self.base_model_tp_plan.items() if ".rnn" in name}
             reverse = {name.replace(".rnn", ".reverse_rnn"): style for name, style in rnn.items()}
             self.base_model_tp_plan = self.base_model_tp_plan | reverse
@@ -167,8 +167,8 @@ class MinRNNConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, but the configuration of another architecture is refused, not just warned of, and fields
-        given beside those of the file are checked like them."""
+        """As in transformers, but a configuration of another architecture is an error, not a warning, and fields given
+        beside those of the file are checked like them."""
         saved = config_dict.get("model_type", cls.model_type)
         if saved != cls.model_type:
             raise ValueError(f"this is a checkpoint of model_type {saved!r}, not {cls.model_type!r}")
@@ -178,8 +178,8 @@ class MinRNNConfig(PreTrainedConfig):
 
     def to_dict(self):
         """As in transformers."""
-        # PEFT finds default targets in a table of its own, by the model_type in this dict. It has no hook for models
-        # outside it, and may be imported after this module and after the model was made: only here is it in time.
+        # PEFT looks default targets up by the model_type of this dict. It has no registration hook and may be imported
+        # late, after the model was made: register here.
         if "peft.utils.constants" in sys.modules:
             table = sys.modules["peft.utils.constants"].TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
             table.setdefault(self.model_type, LORA_TARGET_MODULES)
@@ -249,7 +249,7 @@ class MinRNNConfig(PreTrainedConfig):
         self._validate_name("scan_backend", BACKENDS)
         self._validate_cells()
         if self.hidden_act != type(self).hidden_act:
-            from transformers.activations import ACT2FN  # the longer half of the time that this module takes to import
+            from transformers.activations import ACT2FN  # takes as long to import as this module
 
             self._validate_name("hidden_act", ACT2FN)
 

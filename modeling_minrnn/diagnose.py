@@ -1,4 +1,4 @@
-"""What the states of a model do while it reads: how long they remember, how open their gates are, how large they get.
+"""Statistics of recurrent states: how long they remember, how saturated the gates are, how large the states get.
 
 B batch, T time, D state width, N real tokens.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 from .cells import Cell
 from .scan import scan_states
 
-SATURATED = 0.99  # a gate beyond this, or below 1 - this, has hardly a gradient
-SMALLEST_LOG = -104.0  # of float32: what a first token leaves of a state that has seen nothing is zero
+SATURATED = 0.99  # a gate above this, or below 1 - this, has hardly any gradient
+SMALLEST_LOG = -104.0  # of float32; the first token may keep nothing of the state before it, log a = -inf
 
 
 class StateReport:

@@ -37,7 +37,7 @@ from .scan_blocks import ScanInputs
 
 
 class FlatState(nn.Module):
-    """A language model that takes and returns its cache as a flat sequence of tensors; no state starts anew."""
+    """A language model that takes and returns its cache as a flat sequence of tensors; none for a new sequence."""
 
     def __init__(self, model: MinRNNForCausalLM):
         super().__init__()
@@ -52,7 +52,7 @@ class FlatState(nn.Module):
 
 
 class FlatOutputs(nn.Module):
-    """A model that leaves no state, with its outputs as a tuple."""
+    """A model without a cache, whose outputs are a tuple."""
 
     def __init__(self, model: MinRNNPreTrainedModel):
         super().__init__()
@@ -67,7 +67,7 @@ def export_programs(model: MinRNNPreTrainedModel) -> dict[str, ExportedProgram]:
     """The model by torch.export, for any B and any T >= 2 of a prompt: `FlatState` of a language model, as "prefill"
     and "decode", or `FlatOutputs`, as "model".
 
-    These still call this package's operators, which makes them as fast as the model.
+    They still call this package's operators, and are as fast as the model.
     Raises ValueError for a model of another library, custom code from the Hub included.
     """
     if not isinstance(model, MinRNNPreTrainedModel):
@@ -93,10 +93,10 @@ def export_programs(model: MinRNNPreTrainedModel) -> dict[str, ExportedProgram]:
 
 
 def _plain_scan(projected, parameters, initial_state, reset_state, reset_mask, padding_mask, spec, backend):
-    """The scan as torch's higher-order operator, which ONNX has too, around a single step of this package's own."""
+    """The scan as torch's higher-order operator, which ONNX has too, over `step_loop` for one token."""
     assert reset_mask is None, "exported programs read one document a row"
     cell = cell_of(spec)
-    if cell.system is not None:  # number by number: what is decomposed may hold no new constants
+    if cell.system is not None:  # number by number, as a decomposition may create no constant tensors
         A, B = (torch.stack([torch.full((), y) for y in x.ravel().tolist()]).view(x.shape) for x in cell.system)
 
     def step(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -106,7 +106,7 @@ def _plain_scan(projected, parameters, initial_state, reset_state, reset_mask, p
             return new, (new.clone(), new[:, :0].clone())
         inputs = ScanInputs(projected, parameters, state, reset_state, None, padding, cell, "loop")
         outputs, rest, state = step_loop(inputs)
-        # What is carried and what is returned may not share memory.
+        # The carry and the outputs may not share memory.
         return state, (outputs[:, 0].clone(), rest[:, 0, : 0 if cell.has_matrices else None].clone())
 
     if padding_mask is None:
@@ -124,9 +124,9 @@ def _plain_argsort(x, *, stable, dim, descending=False):
     return torch.topk(x, x.shape[dim], dim, descending).indices  # ONNX defines that equal values keep their order
 
 
-# Of the models whose output is not `logits` alone.
+# For the models whose output is not `logits` alone.
 OUTPUT_NAMES = {"MinRNNModel": ["last_hidden_state"], "MinRNNForQuestionAnswering": ["start_logits", "end_logits"]}
-# For the operators that ONNX does not know.
+# Replacements of the operators that ONNX does not have.
 DECOMPOSITIONS = {
     getattr(torch.ops, NAMESPACE).scan.default: _plain_scan,
     getattr(torch.ops, NAMESPACE).causal_conv.default: _plain_conv,
@@ -134,7 +134,7 @@ DECOMPOSITIONS = {
 }
 
 
-@torch.no_grad()  # or the scan would be traced with its derivative
+@torch.no_grad()  # otherwise the scan is traced with its derivative
 def export_onnx(model: MinRNNPreTrainedModel, folder: str | Path, int8: bool = False) -> None:
     """Write prefill.onnx and decode.onnx, or model.onnx, into `folder`; each holds all the weights.
 
@@ -176,7 +176,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         config = AutoConfig.from_pretrained(options.model)
-        # Of another library: the message of `export_programs` names what was loaded.
+        # For a model of another library `export_programs` raises and names what was loaded.
         model_class = getattr(modeling_minrnn, (config.architectures or [""])[0], AutoModelForCausalLM)
         model = model_class.from_pretrained(options.model, dtype=torch.float32)
         export_onnx(model, options.folder, options.int8)

@@ -1,4 +1,4 @@
-"""Recurrent layers in the place of nn.GRU and nn.LSTM, for inputs of any kind.
+"""Recurrent layers that replace nn.GRU and nn.LSTM, for inputs of any kind.
 
 B batch, T time, C features, D hidden size, S numbers of state (`cells.py`: D, and more for some cells). A layer is a
 linear map of its input, and the scan of a cell over it.
@@ -22,8 +22,8 @@ from .scan import scan_states, stack_parameters, state_dtype
 class NarrowLinear(nn.Linear):
     """nn.Linear for few features: on a CPU the gradient of its weight takes a sixth of the time.
 
-    autograd computes that gradient in the layout of the weight, as grad.T @ x, which MKL does slowly for an x of few
-    columns. A copy of the weight in the other layout makes it x.T @ grad.
+    autograd computes that gradient in the layout of the weight, as grad.T @ x, which MKL does slowly if x has few
+    columns. With a copy of the weight in the other layout it computes x.T @ grad.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class NarrowLinear(nn.Linear):
 
 
 class CellProjection(nn.Module):
-    """What a cell reads: `in_proj` of the input, and the learned vectors of the cell."""
+    """`in_proj`, whose output a cell reads, and the learned vectors of the cell."""
 
     def __init__(
         self,
@@ -67,12 +67,12 @@ class CellProjection(nn.Module):
 
 
 def local(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, under tensor parallelism."""
+    """The part of a parameter that this process holds under tensor parallelism."""
     return getattr(parameter, "to_local", lambda: parameter)()
 
 
 class MinRNN(nn.Module):
-    """Recurrent layers of any cell, in the place of nn.GRU.
+    """Recurrent layers of any cell, a replacement of nn.GRU.
 
         rnn = MinRNN(10, 64, num_layers=2, batch_first=True, cell_type="hgrn")
         output, h_n = rnn(torch.randn(8, 100, 10))
@@ -114,7 +114,7 @@ class MinRNN(nn.Module):
         self._check_arguments()
         directions = 1 + bidirectional
         widths = [input_size] * directions + [directions * hidden_size] * (directions * (num_layers - 1))
-        self.projections = nn.ModuleList(  # one for each row of h_n: the layers in turn, each forwards, then backwards
+        self.projections = nn.ModuleList(  # in the order of h_n: for each layer forwards, then backwards
             CellProjection(
                 self.cell, width, hidden_size, bias, device, dtype, NarrowLinear if width <= 16 else nn.Linear
             )
@@ -139,13 +139,13 @@ class MinRNN(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The initial values: of nn.Linear, and of the cell."""
+        """Initial values as of nn.Linear, and those of the cell."""
         for i, projection in enumerate(self._projections()):
             projection.in_proj.reset_parameters()
             projection.initialize(Tensor.copy_, i // (1 + self.bidirectional), self.num_layers, self.max_timescale)
 
     def flatten_parameters(self) -> None:
-        """Nothing, for code that calls it on nn.GRU: there is no cuDNN to lay weights out for."""
+        """Nothing: for code that calls it on nn.GRU, whose weights it lays out for cuDNN."""
 
     def _projections(self) -> list[CellProjection]:
         return cast(list[CellProjection], list(self.projections))
@@ -203,8 +203,8 @@ class MinRNN(nn.Module):
         rank = torch.arange(int(sizes[0]), device=data.device)
         if sequence.unsorted_indices is not None:
             rank = sequence.unsorted_indices
-        # Step t of the row of rank r is packed behind all earlier steps, as the r-th. By index: the backward pass of
-        # torch's own pad_packed_sequence takes a time that grows with the square of T.
+        # Step t of the row of rank r is packed behind all earlier steps, as the r-th. pad_packed_sequence would do, but
+        # its backward pass takes time that grows with the square of T.
         is_real = rank[:, None] < sizes
         source = (sizes.cumsum(0) - sizes + rank[:, None]).where(is_real, 0)
         target = torch.empty(len(data), dtype=torch.long, device=data.device)
@@ -275,7 +275,7 @@ class MinRNN(nn.Module):
         rows: Callable[[Tensor], Tensor] = lambda x: x,
         flat: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> tuple[Tensor, Tensor]:
-        """rows, flat: what makes (B, T, features) of what the linear maps are applied to, and back."""
+        """All layers. rows, flat: from the layout that the linear maps read to (B, T, features), and back."""
         outputs: list[Tensor] = []
         final_states = []
         for i, projection in enumerate(self._projections()):
@@ -302,21 +302,21 @@ class MinRNN(nn.Module):
 
 
 class MinGRU(MinRNN):
-    """`MinRNN` of the minGRU (arXiv 2410.01201): h = (1 - z) * h + z * g(x), in the place of nn.GRU."""
+    """`MinRNN` of the minGRU (arXiv 2410.01201), h = (1 - z) * h + z * g(x): a replacement of nn.GRU."""
 
 
 class MinLSTM(MinRNN):
-    """`MinRNN` of the minLSTM (arXiv 2410.01201), in the place of nn.LSTM, but with one state: (output, h_n)."""
+    """`MinRNN` of the minLSTM (arXiv 2410.01201), a replacement of nn.LSTM with one state: (output, h_n)."""
 
     def __init__(self, *args, cell_type: str | Cell = "minlstm", **kwargs):
         super().__init__(*args, cell_type=cell_type, **kwargs)
 
 
 def _over_time(cell: Cell, projected: Tensor, parameters: Tensor, time_deltas: Tensor) -> tuple[Cell, Tensor, Tensor]:
-    """A cell, and its inputs, whose scan is that of `cell` with a^d in the place of a.
+    """A cell and its inputs, whose scan is that of `cell` with a^d for a.
 
-    For a Convex cell, h = a^d h + (1 - a^d) c: a minGRU's scan, with log((1 - a^d) / a^d) for the gate and c as it is.
-    For LRU, whose b does not depend on a, the scan of the decay, the phase and the inflow themselves.
+    For a Convex cell, h = a^d h + (1 - a^d) c is the scan of a minGRU with log((1 - a^d) / a^d) for the gate and the
+    candidate c. For LRU, whose b does not depend on a, it is the linear scan of the decay, the phase and the inflow.
     """
     projected = projected.to(state_dtype(projected.dtype))
     without_log_sums = cell.system is None and not cell.log_sums(2)
@@ -325,11 +325,11 @@ def _over_time(cell: Cell, projected: Tensor, parameters: Tensor, time_deltas: T
     columns: tuple[Tensor, ...]
     if isinstance(terms, Convex):
         rate = softplus(terms.log_odds) * d  # -log a^d
-        rate = rate.clamp(min=1e-30)  # its logarithm and the derivative stay finite, where no time has passed
+        rate = rate.clamp(min=1e-30)  # so that its logarithm and the derivative are finite if no time has passed
         log_odds = rate + torch.log(-torch.expm1(-rate))
         columns, scanned = (log_odds, terms.candidate), "mingru:candidate=linear"
     elif isinstance(terms, Linear) and terms.phase is not None:
-        # Their sums are rounded to float32, not the phases themselves: errors of equal steps would add up.
+        # Round the sums of the phases to float32, not the phases: the errors of equal steps would add up.
         exact = torch.remainder(terms.phase * time_deltas.to(terms.phase.dtype)[..., None], 2 * math.pi)
         rounded = F.pad((exact.cumsum(1) * 2**21).round(), (0, 0, 1, 0)).diff(dim=1) / 2**21
         phase = exact + (rounded - exact).detach()

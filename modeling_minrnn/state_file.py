@@ -1,9 +1,9 @@
-"""What a model remembers, as a file: a text is read once, and gone on from in another process.
+"""The recurrent state as a file: read a text once, continue from it in another process.
 
 B batch, D state width, H hidden size, K convolution kernel size. The file is in the safetensors format: for each layer
 the recurrent state (B, D) and the convolution window (B, K - 1, H), in the dtypes they have; neither grows with what
-was read. With them are the positions (B, 1) that the rows began with, where any were given. Its metadata are the
-number of tokens read, a hash of the model and a checksum of it all.
+was read. If the rows began with other positions than 0, these are there too, (B, 1). The metadata are the number of
+tokens read, a hash of the model and a checksum of everything.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ def save_state(
     overwrite: bool = False,
     known_hash: str | None = None,
 ) -> int:
-    """Write the state after the tokens seen so far, to go on from with `load_state`; return the size in bytes.
+    """Write the state after the tokens seen so far, for `load_state`; return the size in bytes.
 
     Args:
-        cache: `past_key_values`, as returned by the model; dynamic or static, of any batch size. What it keeps for
-            `crop` to go back to is not written.
-        path: the file; it is there as a whole or not at all.
+        cache: `past_key_values`, as returned by the model; dynamic or static, of any batch size. Earlier states, which
+            it keeps for `crop`, are not written.
+        path: the file, written completely or not at all.
         model: the model that filled the cache. The file holds a hash of it, over the embedding, the layers and the
-            final norm, which takes about a second for a GB of weights; other heads may go on from the same state.
+            final norm, which takes about a second for a GB of weights; models with other heads may use the state.
         overwrite: replace a file that exists.
         known_hash: `model_hash(model)`, for a caller that writes many states of one model.
 
@@ -81,13 +81,13 @@ def save_state(
 def load_state(
     path: str | os.PathLike, model: MinRNNPreTrainedModel, *, known_hash: str | None = None
 ) -> DynamicCache:
-    """The cache that `save_state` wrote, on the devices of the model, to go on from with the same model:
+    """The cache that `save_state` wrote, on the devices of the model, to continue from with the same model:
 
         cache = load_state(path, model)
         mask = torch.ones(B, cache.get_seq_length() + new_ids.shape[1])  # tells generate that all of new_ids is new
         model.generate(new_ids, past_key_values=cache, attention_mask=mask)
 
-    The checksum tells damage, not forgery. known_hash: as in `save_state`.
+    The checksum detects damage, not forgery. known_hash: as in `save_state`.
 
     Raises:
         ValueError: the file is not such a state, or damaged, or of a model with another configuration or with other
@@ -118,10 +118,10 @@ def load_state(
 
 
 def model_hash(model: MinRNNPreTrainedModel) -> str:
-    """SHA-256 of what a state depends on: the configuration and the weights but those of the head."""
+    """SHA-256 of everything a state depends on: the configuration and all weights but those of the head."""
     fields = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
     specs = [cell.spec for cell in model.config.cells]
-    if specs != model.config.cell_types:  # options of the cells, which not every file has
+    if specs != model.config.cell_types:  # cells with options: without any, the hash is that of older files
         fields["cells"] = specs
     return _hash(fields, model.base_model.state_dict())
 
@@ -142,7 +142,7 @@ def _write(data: bytes, path: Path, overwrite: bool) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # Unlike os.replace, a link is refused where the file has come to exist in the meantime.
+        # Unlike os.replace, os.link fails if the file has come to exist in the meantime.
         os.replace(part, path) if overwrite else os.link(part, path)
 
 

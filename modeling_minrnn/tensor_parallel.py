@@ -19,7 +19,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, Packed
 
 
 def prepare(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> None:
-    """Make the style that `MinRNNConfig.base_model_tp_plan` names known to transformers, before it splits a model.
+    """Register the style "minrnn_channels" of `MinRNNConfig.base_model_tp_plan` before transformers splits a model.
 
     Raises ValueError for sizes that cannot be split.
     """
@@ -36,7 +36,7 @@ def prepare(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> None:
                 f"{cell.name!r} cannot be split by channels, as tensor parallelism does: its heads, its matrix, its "
                 "complex halves or its learned log-sums belong to several; use data or context parallelism"
             )
-    # fully_shard pads the rows of a tied matrix once for each of its two uses: then only one of them is trained.
+    # fully_shard pads the rows of a tied matrix separately for each of its two uses: only one would be trained.
     if config.tie_word_embeddings and fsdp_size > 1 and config.vocab_size % (fsdp_size * tp_size):
         raise ValueError(
             f"vocab_size is {config.vocab_size}: must be a multiple of {fsdp_size * tp_size}, the processes that "
@@ -45,8 +45,7 @@ def prepare(config: PreTrainedConfig, fsdp_size: int, tp_size: int) -> None:
 
 
 class ChannelParallel(TensorParallelLayer):
-    """Of `MinRNNRecurrence`: in_proj, gate_proj, the cell's parameters, initial_state and state_size become those of
-    this rank's channels."""
+    """Splits a `MinRNNRecurrence` by channels: in_proj, gate_proj, the cell's parameters, initial_state."""
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
         _distribute(module, param, mesh, Shard(0))
@@ -63,21 +62,21 @@ class ChannelParallel(TensorParallelLayer):
 
 
 class GatesColwiseParallel(PackedColwiseParallel):
-    """Of in_proj: the rows of this rank's channels in each of the `split_factor` parts of weight and bias."""
+    """Splits in_proj: a rank has the rows of its channels in each of the `split_factor` parts of weight and bias."""
 
     @property
     def own_rows(self) -> Placement:
         return _StridedShard(dim=0, split_factor=self.split_factor)
 
     def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
-        # fully_shard splits rows as well, and takes those of a rank for one block. Where it shares the processes, each
-        # rank keeps all rows of what fully_shard leaves it, and computes with its own.
+        # fully_shard splits rows as well, and expects those of a rank to be one block. If it is used too, each rank
+        # keeps all rows that fully_shard leaves it, and computes with its own.
         alone = torch.distributed.get_world_size() == mesh.size()
         _distribute(module, param, mesh, self.own_rows if alone else Replicate())
 
     @contextlib.contextmanager
     def context_around_forward(self, module: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
-        # Quantised ones are this rank's already.
+        # Quantised weights hold this rank's rows already.
         whole = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
         own: dict[str, Any] = {
             name: p.redistribute(placements=[self.own_rows]).to_local() for name, p in whole.items()
@@ -91,5 +90,5 @@ class GatesColwiseParallel(PackedColwiseParallel):
 
 def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
     parameter = module.get_parameter(name)
-    shard = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)  # all ranks have the same to split
+    shard = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)  # every rank has the whole parameter
     module.register_parameter(name, nn.Parameter(shard, requires_grad=parameter.requires_grad))
