@@ -203,8 +203,8 @@ class MinRNN(nn.Module):
         rank = torch.arange(int(sizes[0]), device=data.device)
         if sequence.unsorted_indices is not None:
             rank = sequence.unsorted_indices
-        # Step t of the row of rank r is packed behind all earlier steps, as the r-th. pad_packed_sequence would do, but
-        # its backward pass takes time that grows with the square of T.
+        # Step t of the row of rank r is packed behind all earlier steps, as the r-th. By index: the backward pass of
+        # torch's pad_packed_sequence takes time that grows with the square of T.
         is_real = rank[:, None] < sizes
         source = (sizes.cumsum(0) - sizes + rank[:, None]).where(is_real, 0)
         target = torch.empty(len(data), dtype=torch.long, device=data.device)
