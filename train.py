@@ -53,7 +53,7 @@ from training.checkpoint import (
     check_output_dir,
     load_checkpoint,
     open_output_dir,
-    same_error,
+    raise_on_all,
     save_best_model,
     save_checkpoint,
     sole_run,
@@ -85,7 +85,7 @@ from training.report import (
     write_nonfinite,
     write_start,
 )
-from training.sharded import whole, whole_model
+from training.sharded import gathered, gathered_model
 from training.tasks import HeldOutQuestions, load_task
 from training.tokenizers import load_tokenizer
 from training.trackers import start_trackers, trackers_of
@@ -126,7 +126,7 @@ def main(path: str, overrides: list[str]) -> int:
         accelerator.print(note)
     share = share_batch(accelerator, train)
     if config.hub.push:
-        with same_error(f"hub.repository {config.hub.repository}"):
+        with raise_on_all(f"hub.repository {config.hub.repository}"):
             if accelerator.is_main_process:
                 check_repository(config.hub)
     command = shlex.join(["python", "train.py", path, *overrides])
@@ -280,7 +280,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
 
             if progress.step % train.eval_every_steps == 0 or progress.step == train.steps:
                 started = time.perf_counter()
-                complete, scores = whole_model(model), None
+                complete, scores = gathered_model(model), None
                 if accelerator.is_main_process:
                     end_token = tokenizer.eos_token_id if train.carry_state else None
                     scores = evaluate(complete, held_out, end_token=end_token)
@@ -290,7 +290,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
                 if loss < progress.best_loss:
                     progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
                     progress.best_tokens = progress.tokens
-                    with same_error(f"{output_dir}: the model cannot be written, the one from before is intact"):
+                    with raise_on_all(f"{output_dir}: the model cannot be written, the one from before is intact"):
                         if accelerator.is_main_process:
                             save_best_model(output_dir, complete, tokenizer)
                 scores = held_out_scores(loss, held_out)
@@ -435,7 +435,7 @@ def schedule(train: TrainConfig, step: int) -> float:
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
     """L2 norm of all gradients, which stay as they are: a report of what is not finite needs them unclipped."""
-    return whole(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    return gathered(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ OUTPUT_DIR/                     the best model so far, a folder for from_pretrai
 Where processes share the parameters (FSDP2), shard-*.safetensors take the place of the first two: a part of each for
 each process, see sharded.py.
 
-A folder gets the name of a checkpoint when all of it is on the disk. What ends in .partial is nobody's. model.ready is
-a whole model that a killed process could not move into place; the next start does. Files of other names belong to the
-user, as do those that the user has edited: a run removes and replaces neither.
+A folder gets the name of a checkpoint when all of it is on the disk. Names in .partial are incomplete and may be
+deleted. model.ready is a complete model that a killed process could not move into place; the next start does. Files of
+other names belong to the user, as do those that the user has edited: a run removes and replaces neither.
 """
 
 import hashlib
@@ -122,7 +122,7 @@ def sole_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with same_error("train.output_dir"):
+        with raise_on_all("train.output_dir"):
             if accelerator.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
@@ -141,9 +141,9 @@ def sole_run(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint that is no dead end, if a run is to be resumed; changes nothing.
+    """The newest undamaged checkpoint that is no dead end, if a run is to be resumed; changes nothing.
 
-    What is wrong with later ones is told to `warn`.
+    Says to `warn` what is wrong with later ones.
 
     Raises InputError if the folder holds something that this run would overwrite, or nothing that it could resume.
     """
@@ -194,7 +194,7 @@ def nonfinite_file(folder: Path, step: int) -> Path:
 
 
 def changed_settings(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
-    """What `config` has otherwise than the checkpoint, as {"section.key": value}.
+    """The settings of `config` that differ from the checkpoint, as {"section.key": value}.
 
     Raises InputError for what a resumed run may not change, see CHANGEABLE.
     """
@@ -227,7 +227,7 @@ def open_output_dir(config: RunConfig) -> Path:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove what a run has written, by its names; what else lies in the folder stays."""
+    """Remove the files of a run, by their names; other files in the folder stay."""
     for path in [*list_checkpoints(folder), folder / READY]:
         shutil.rmtree(path, ignore_errors=True)
     for path in [*(folder / name for name in manifest(folder)), *chain.from_iterable(map(folder.glob, OWN_FILES))]:
@@ -258,18 +258,18 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
     partial = final.with_suffix(PARTIAL)
     main, failure = accelerator.is_main_process, f"{final} cannot be written, checkpoints from before are intact"
     try:
-        with same_error(failure):
+        with raise_on_all(failure):
             if main:
                 for left in final.parent.glob("step-*" + PARTIAL):  # by a process that was killed
                     if CHECKPOINT.fullmatch(left.stem):
                         shutil.rmtree(left)
                 partial.mkdir(parents=True)
-        with same_error(failure):
+        with raise_on_all(failure):
             write_process_state(partial, accelerator, state)
         if is_sharded(state.model):
-            with same_error(failure):
+            with raise_on_all(failure):
                 save_shards(partial, state.model, state.optimizer)
-        with same_error(failure):
+        with raise_on_all(failure):
             if main:
                 write_shared_state(partial, accelerator, config, state)
                 write_manifest(partial)
@@ -350,7 +350,7 @@ def check_best_model(
     that the next evaluation writes a whole model.
     """
     reason = None
-    with same_error(f"{folder}: the best model cannot be put into place"):
+    with raise_on_all(f"{folder}: the best model cannot be put into place"):
         if accelerator.is_main_process:
             install_best_model(folder)
             for name in rewrite_unreadable(folder, state.model, tokenizer):
@@ -473,7 +473,7 @@ def is_readable(path: Path) -> bool:
 
 
 def damage(folder: Path, edited: Iterable[str] = ()) -> str | None:
-    """Which file of a checkpoint or model, save `edited` ones, is not what was written, and why; None if all are."""
+    """Which file of a checkpoint or model, except `edited` ones, differs from what was written, and why; or None."""
     try:
         digests = read_manifest(folder)
     except (OSError, ValueError) as error:
@@ -498,8 +498,8 @@ def damage(folder: Path, edited: Iterable[str] = ()) -> str | None:
 
 
 @contextmanager
-def same_error(what: str) -> Iterator[None]:
-    """An error of one process becomes the error of all: without it the others would wait for that process.
+def raise_on_all(what: str) -> Iterator[None]:
+    """Raise an error of one process on all of them: otherwise the others would wait for that process.
 
     All processes leave the block together.
     """
@@ -563,7 +563,7 @@ def rewrite_unreadable(folder: Path, model: PreTrainedModel, tokenizer: PreTrain
 
 
 def install_best_model(folder: Path) -> None:
-    """Finish what save_best_model has begun, be it in a process that was killed. What the user has edited stays."""
+    """Finish save_best_model, also after a process that was killed in it. Files that the user has edited stay."""
     ready, edited = folder / READY, edited_files(folder)
     # The manifest last: by the one from before, what the user has edited is told from what is not replaced yet.
     for path in sorted(ready.rglob("*"), key=lambda path: (path.name == MANIFEST_FILE, path)):
@@ -577,7 +577,7 @@ def install_best_model(folder: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """In one go, and on the disk when it returns."""
+    """Write the file atomically; it is on the disk when this returns."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text)
     sync(partial)
@@ -586,7 +586,7 @@ def write_file(path: Path, text: str) -> None:
 
 
 def discard(folder: Path) -> None:
-    """It loses its name first: a kill on the way leaves no half checkpoint."""
+    """Rename before deleting: a kill in between leaves no incomplete checkpoint."""
     partial = folder.with_name(folder.name + ".old" + PARTIAL)
     os.replace(folder, partial)
     shutil.rmtree(partial)

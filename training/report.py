@@ -43,7 +43,7 @@ from .checkpoint import (
 )
 from .config import STDLIB, InputError, RunConfig, SourceConfig, settings_yaml
 from .data import TokenStream
-from .sharded import whole
+from .sharded import gathered
 from .tasks import HeldOutQuestions
 
 METRICS_FILE_BYTES = 2**24
@@ -156,7 +156,7 @@ def write_nonfinite(accelerator: Accelerator, folder: Path, state: TrainingState
     path, saved = nonfinite_file(folder, step + 1), state.checkpoint
     batch = gather_object([{"windows": state.batches.window_starts, "losses": torch.stack(losses).tolist()}])
     norms = {
-        name: {"parameter": whole(parameter.norm()).item(), "gradient": whole(parameter.grad.norm()).item()}
+        name: {"parameter": gathered(parameter.norm()).item(), "gradient": gathered(parameter.grad.norm()).item()}
         for name, parameter in state.model.named_parameters()
         if parameter.grad is not None
     }

@@ -25,15 +25,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The same on all processes, which call this together."""
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process may hold a part. Called by all processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_model(model: MinRNNForCausalLM) -> MinRNNForCausalLM:
+def gathered_model(model: MinRNNForCausalLM) -> MinRNNForCausalLM:
     """The model itself or, on the first of the processes that share its parameters, a copy with all of them.
 
-    Called by all processes; the others get a model without values.
+    Called by all processes; the others get a model on the meta device.
     """
     if not is_sharded(model):
         return model
@@ -62,7 +62,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 def load_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[int, dict[str, torch.Tensor]]:
     """Called by all processes: fills the parameters and returns the state of the optimizer by index of the parameter.
 
-    Reads what was saved as a whole, too. Raises ValueError for what was saved of another model.
+    Reads unsharded checkpoints too. Raises ValueError for a checkpoint of another model.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
@@ -91,7 +91,7 @@ def load_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[in
 
 
 def in_blocks(tensor: torch.Tensor) -> torch.Tensor:
-    """torch.distributed.checkpoint takes each process's part for one block: what is interleaved is dealt out anew."""
+    """torch.distributed.checkpoint expects contiguous shards: redistribute interleaved ones."""
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(
