@@ -110,8 +110,6 @@ class MinRNNCausalConv(nn.Module):
 class MinRNNRecurrence(CellProjection):
     """in_proj -> scan -> out_proj; with config.output_gate, gated by silu(gate_proj) in between."""
 
-    initial_state: nn.Parameter | None
-
     def __init__(self, config: MinRNNConfig, layer_idx: int):
         # A configuration loaded from the Hub has its own copy of cells.py: look its cell up among the classes of ours.
         cell, D = cell_of(config.cells[layer_idx].spec), config.state_size
@@ -120,8 +118,8 @@ class MinRNNRecurrence(CellProjection):
         self.layer_idx, self.backend = layer_idx, config.scan_backend
         self.gate_proj = nn.Linear(config.hidden_size, D, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(D, config.hidden_size, bias=False)
-        start = nn.Parameter(torch.empty(cell.state_numbers(D))) if config.learned_initial_state else None
-        self.register_parameter("initial_state", start)
+        start = torch.empty(cell.state_numbers(D))
+        self.initial_state = nn.Parameter(start) if config.learned_initial_state else None
 
     def start(self, like: Tensor) -> Tensor:
         """The state (S,) of a sequence before its first token."""
@@ -695,12 +693,14 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs) -> dict:
-        """As in transformers, in a quarter of the time for the next token of plain decoding."""
+        """As in transformers, in a quarter of the time for the next token of plain decoding; without a mask, whose
+        column of this token `generate` has added itself, ones."""
         is_next = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
         cache: Any = kwargs.get("past_key_values")
         if is_next and type(cache) is DynamicCache and cache.layers[0].keys is not None:
-            inputs = {name: kwargs[name] for name in kwargs.keys() - {"next_sequence_length", "is_first_iteration"}}
-            plain = inputs.keys() <= {"past_key_values", "attention_mask", "use_cache", "logits_to_keep"}
+            left_out = {"next_sequence_length", "is_first_iteration", "attention_mask"}
+            inputs = {name: value for name, value in kwargs.items() if value is not None and name not in left_out}
+            plain = inputs.keys() <= {"past_key_values", "use_cache", "logits_to_keep"}
             if plain and cache.layers[0].keys.is_cpu and input_ids.is_cpu:  # the state is on the device of the model
                 return inputs | {"input_ids": input_ids[:, -1:].clone(memory_format=torch.contiguous_format)}
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
