@@ -280,30 +280,10 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
 
             if progress.step % train.eval_every_steps == 0 or progress.step == train.steps:
                 started = time.perf_counter()
-                complete, scores = gathered_model(model), None
-                if accelerator.is_main_process:
-                    end_token = tokenizer.eos_token_id if train.carry_state else None
-                    scores = evaluate(complete, held_out, end_token=end_token)
-                # The same for all: each decides below whether to go on. As an object: not all devices have float64.
-                ((loss, accuracy),) = broadcast_object_list([scores])
-                progress.evaluations_since_best += 1
-                if loss < progress.best_loss:
-                    progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
-                    progress.best_tokens = progress.tokens
-                    with raise_on_all(f"{output_dir}: the model cannot be written, the one from before is intact"):
-                        if accelerator.is_main_process:
-                            save_best_model(output_dir, complete, tokenizer)
-                scores = held_out_scores(loss, held_out)
-                record(**scores, held_out_accuracy=accuracy)
-                if accelerator.is_main_process:
-                    bits = f"{scores['bits_per_byte']:.4f} bits per byte, " if "bits_per_byte" in scores else ""
-                    bar.write(
-                        f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}, "
-                        f"{bits}accuracy {accuracy:.1%}"
-                    )
-                    for prompt in train.sample_prompts:
-                        bar.write(sample(complete, tokenizer, prompt, train.sample_tokens, train.seed))
-                del complete  # where processes share the parameters, all of them once more
+                scores, lines = evaluate_and_keep(config, accelerator, state, tokenizer, held_out)
+                record(**scores)
+                for line in lines:
+                    bar.write(line)
                 timer += time.perf_counter() - started
 
             # What made steps not finite may be in the parameters: the checkpoint from before is worth more.
@@ -468,6 +448,42 @@ def evaluate(
         right += (logits.argmax(-1) == targets).sum().item()
         count += len(targets)
     return loss / count, right / count
+
+
+def evaluate_and_keep(
+    config: RunConfig,
+    accelerator: Accelerator,
+    state: TrainingState,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: TokenStream | HeldOutQuestions,
+) -> tuple[dict[str, float], list[str]]:
+    """Called by all processes: the held-out scores, the same on all, and what the main one has to say of them.
+
+    The model goes to train.output_dir if it is the best so far.
+    """
+    train, progress = config.train, state.progress
+    output_dir = Path(train.output_dir)
+    model = gathered_model(state.model)
+    scores, lines = None, []
+    if accelerator.is_main_process:
+        scores = evaluate(model, held_out, end_token=tokenizer.eos_token_id if train.carry_state else None)
+    ((loss, accuracy),) = broadcast_object_list([scores])  # as an object: not all devices have float64
+    progress.evaluations_since_best += 1
+    if loss < progress.best_loss:
+        progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, progress.step, 0
+        progress.best_tokens = progress.tokens
+        with raise_on_all(f"{output_dir}: the model cannot be written, the one from before is intact"):
+            if accelerator.is_main_process:
+                save_best_model(output_dir, model, tokenizer)
+    scores = held_out_scores(loss, held_out) | {"held_out_accuracy": accuracy}
+    if accelerator.is_main_process:
+        bits = f"{scores['bits_per_byte']:.4f} bits per byte, " if "bits_per_byte" in scores else ""
+        lines = [
+            f"step {progress.step}: held-out loss {loss:.4f}, best {progress.best_loss:.4f}, {bits}"
+            f"accuracy {accuracy:.1%}",
+            *(sample(model, tokenizer, prompt, train.sample_tokens, train.seed) for prompt in train.sample_prompts),
+        ]
+    return scores, lines
 
 
 def sample(

@@ -46,11 +46,9 @@ def sequence_chunked_backward(
             context_parallel_group, which spreads a sequence over processes instead.
     """
     config: PreTrainedConfig = getattr(model, "module", model).config
-    cache = kwargs.pop("past_key_values", None)
-    if cache is None:
+    if (cache := kwargs.pop("past_key_values", None)) is None:
         cache = DynamicCache(config=config)
-    shift_labels = kwargs.pop("shift_labels", None)
-    if shift_labels is None:
+    if (shift_labels := kwargs.pop("shift_labels", None)) is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     _check(config, input_ids, {"labels": labels, "shift_labels": shift_labels}, chunk_size, cache, kwargs)
     chunks = _chunks(input_ids, shift_labels, chunk_size, cache, kwargs)
@@ -79,9 +77,7 @@ def sequence_chunked_backward(
                 torch.set_rng_state(cpu_random_state)
                 set_device_states(devices, device_random_states, device_type=device_type)
                 loss = model(**chunk, past_key_values=state, **kwargs).loss
-            ends = [
-                (end, d_end) for end, d_end in zip(_tensors(state), d_ends) if end.requires_grad and d_end is not None
-            ]
+            ends = [(x, d_x) for x, d_x in zip(_tensors(state), d_ends) if x.requires_grad and d_x is not None]
             tensors, gradients = zip((loss, None), *ends)
             with torch.autocast(device_type, enabled=False):
                 torch.autograd.backward(tensors, gradients)
