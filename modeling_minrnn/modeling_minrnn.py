@@ -597,6 +597,7 @@ class MinRNNWithHead(MinRNNPreTrainedModel):
         """
         logits, outputs = self.logits_of(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         loss = None if labels is None else self.loss_of(logits, labels, attention_mask, **kwargs)
+        # Not every class of outputs has a place for the state.
         others = {"past_key_values", "hidden_states"} & self.output_class.__annotations__.keys()
         return self.output_class(loss=loss, logits=logits, **{name: getattr(outputs, name) for name in others})
 
@@ -865,6 +866,7 @@ class MinRNNForMultipleChoice(MinRNNSequenceScorer):
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config, 1)
+        self.loss_function = fixed_cross_entropy  # transformers has none for this task
 
     def logits_of(self, input_ids=None, attention_mask=None, *, inputs_embeds=None, **kwargs):
         given = inputs_embeds if input_ids is None else input_ids
@@ -882,7 +884,7 @@ class MinRNNForMultipleChoice(MinRNNSequenceScorer):
         return scores.view(given.shape[:2]), outputs
 
     def loss_of(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None, **kwargs) -> Tensor:
-        return fixed_cross_entropy(logits.float(), labels.to(logits.device), **kwargs)  # transformers has no other
+        return self.loss_function(logits.float(), labels.to(logits.device), **kwargs)
 
 
 class MinRNNForTokenClassification(MinRNNWithHead):
