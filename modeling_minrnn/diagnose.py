@@ -32,7 +32,7 @@ class StateReport:
     def __init__(self, name: str):
         self.name, self.tokens, self.largest_state = name, 0, 0.0
         self._log_a = torch.zeros(())
-        self._remembering = self._forgetting = self._norm = 0.0
+        self.remembering = self.forgetting = self.mean_norm = 0.0
 
     def listen(self, rnn: Any, arguments: tuple, output: tuple[Tensor, ...]) -> None:
         """Add what a `MinRNNRecurrence` has just computed: its forward hook."""
@@ -63,25 +63,15 @@ class StateReport:
         self.tokens += len(states)
         self.largest_state = max(self.largest_state, states.abs().max().item())
         self._log_a = self._log_a + log_decay.sum(0)
-        self._remembering += (log_decay > math.log(SATURATED)).float().mean(-1).sum().item()
-        self._forgetting += (log_decay < math.log(1 - SATURATED)).float().mean(-1).sum().item()
-        self._norm += states.square().mean(-1).sqrt().sum().item()
+        weight = len(states) / self.tokens  # of these tokens in the means over all
+        remembering, forgetting = log_decay > math.log(SATURATED), log_decay < math.log(1 - SATURATED)
+        self.remembering += weight * (remembering.float().mean().item() - self.remembering)
+        self.forgetting += weight * (forgetting.float().mean().item() - self.forgetting)
+        self.mean_norm += weight * (states.square().mean(-1).sqrt().mean().item() - self.mean_norm)
 
     @property
     def timescales(self) -> Tensor:
         return -self.tokens / self._log_a
-
-    @property
-    def remembering(self) -> float:
-        return self._remembering / self.tokens
-
-    @property
-    def forgetting(self) -> float:
-        return self._forgetting / self.tokens
-
-    @property
-    def mean_norm(self) -> float:
-        return self._norm / self.tokens
 
     def __repr__(self) -> str:
         low, middle, high = self.timescales.quantile(self.timescales.new_tensor([0.1, 0.5, 0.9])).tolist()
