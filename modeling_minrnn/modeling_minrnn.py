@@ -110,6 +110,8 @@ class MinRNNCausalConv(nn.Module):
 class MinRNNRecurrence(CellProjection):
     """in_proj -> scan -> out_proj; with config.output_gate, gated by silu(gate_proj) in between."""
 
+    initial_state: nn.Parameter | None
+
     def __init__(self, config: MinRNNConfig, layer_idx: int):
         # A configuration loaded from the Hub has its own copy of cells.py: look its cell up among the classes of ours.
         cell, D = cell_of(config.cells[layer_idx].spec), config.state_size
@@ -118,8 +120,8 @@ class MinRNNRecurrence(CellProjection):
         self.layer_idx, self.backend = layer_idx, config.scan_backend
         self.gate_proj = nn.Linear(config.hidden_size, D, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(D, config.hidden_size, bias=False)
-        start = torch.empty(cell.state_numbers(D))
-        self.initial_state = nn.Parameter(start) if config.learned_initial_state else None
+        start = nn.Parameter(torch.empty(cell.state_numbers(D))) if config.learned_initial_state else None
+        self.register_parameter("initial_state", start)
 
     def start(self, like: Tensor) -> Tensor:
         """The state (S,) of a sequence before its first token."""
