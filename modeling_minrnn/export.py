@@ -36,21 +36,6 @@ from .scan import step_loop
 from .scan_blocks import ScanInputs
 
 
-class FlatState(nn.Module):
-    """A language model that takes and returns its cache as a flat sequence of tensors; none for a new sequence."""
-
-    def __init__(self, model: MinRNNForCausalLM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
-        cache = DynamicCache(config=self.model.config)
-        for layer, keys, values in zip(cache.layers, state[::2], state[1::2]):
-            layer.update(keys, values)
-        logits = self.model(input_ids, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
-
-
 class FlatOutputs(nn.Module):
     """A model without a cache, whose outputs are a tuple."""
 
@@ -58,8 +43,19 @@ class FlatOutputs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, ...]:
         return self.model(input_ids, attention_mask=attention_mask, use_cache=False).to_tuple()
+
+
+class FlatState(FlatOutputs):
+    """A language model that takes and returns its cache as a flat sequence of tensors; none for a new sequence."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, *state: Tensor) -> tuple[Tensor, ...]:
+        cache = DynamicCache(config=self.model.config)
+        for layer, keys, values in zip(cache.layers, state[::2], state[1::2]):
+            layer.update(keys, values)
+        logits = self.model(input_ids, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1], *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 @torch.no_grad()
