@@ -167,7 +167,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     patience = train.early_stopping_patience or float("inf")
     changed = changed_settings(checkpoint, config) if checkpoint else {}
     if progress.step == train.steps or progress.evaluations_since_best >= patience:
-        # Nothing is left to train: what was changed holds for no step.
+        # Nothing is left to train: the changed settings apply to no step.
         changed, config = {}, replace(load_config(str(checkpoint / SETTINGS_FILE), []), hub=config.hub)
         config.train.output_dir = train.output_dir
     if accelerator.is_main_process:
@@ -286,7 +286,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
                     bar.write(line)
                 timer += time.perf_counter() - started
 
-            # What made steps not finite may be in the parameters: the checkpoint from before is worth more.
+            # After steps that were not finite the parameters may be the cause: keep the checkpoint from before.
             if progress.step % train.save_every_steps == 0 and not progress.skipped_in_a_row:
                 save_checkpoint(accelerator, output_dir, config, state)
             interrupted = accelerator.check_trigger()
@@ -319,8 +319,8 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
         exit_code = EXIT_RESUME if SIGTERM in gather_object(signals) else EXIT_INTERRUPTED
     if accelerator.is_main_process:
         write_end(output_dir, progress.step, exit_code)
-    # DistributedDataParallel goes before the process group: as the group's last owner it would wait for the group's
-    # threads with the interpreter's lock in hand, for ever where one of them needs the lock to free a tensor.
+    # Delete DistributedDataParallel before the process group. As the group's last owner it would wait for the group's
+    # threads while it holds the interpreter's lock: a deadlock if one of them needs the lock to free a tensor.
     del training_model
     accelerator.free_memory()
     accelerator.end_training()
@@ -500,5 +500,5 @@ def sample(
 
 if __name__ == "__main__":
     with exit_with_one_line():
-        # A failure is told to torchrun, which shows it.
+        # torchrun shows the error of a process that failed.
         sys.exit(errors.record(main)(command_line.config, command_line.overrides))

@@ -100,7 +100,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """All that changes while a run trains, but for the random states."""
+    """Everything that changes while a run trains, except the random states."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -160,13 +160,13 @@ def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | N
             if not is_dead_end(checkpoint):
                 break
         if whole:
-            # Where each is a dead end, the newest: train.on_nonfinite=skip may lead out of it.
+            # If each is a dead end, take the newest: train.on_nonfinite=skip may lead out of it.
             chosen = whole[0] if is_dead_end(whole[-1]) else whole[-1]
             if chosen != whole[0]:
                 warn(f"warning: the step after {whole[0]} was not finite: {chosen.name} is used")
             changed_settings(chosen, config)
             return chosen
-        # Without checkpoint and model a run was killed in its first moments: "auto" loses nothing by starting again.
+        # Without checkpoint and model the run was killed in its first moments: with "auto" it starts again.
         if config.train.resume is True or checkpoints or any(folder.glob("*.safetensors")):
             raise InputError(f"train.resume: {folder} holds no {'whole ' if checkpoints else ''}checkpoint")
     if any(path.suffix != PARTIAL and path.name != LOCK_FILE for path in folder.glob("*")):
@@ -181,7 +181,7 @@ def check_output_dir(config: RunConfig, warn: Callable[[str], None]) -> Path | N
 
 
 def is_dead_end(checkpoint: Path) -> bool:
-    """Whether the step after it was not finite, which no other learning rate changes: see `write_nonfinite`."""
+    """Whether the step after it was not finite; another learning rate would not help. See `write_nonfinite`."""
     try:
         report = json.loads(nonfinite_file(checkpoint.parent.parent, step_of(checkpoint) + 1).read_text())
         return report["after"] == sha256(checkpoint / MANIFEST_FILE)
@@ -199,7 +199,7 @@ def changed_settings(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
     Raises InputError for what a resumed run may not change, see CHANGEABLE.
     """
     file = checkpoint / SETTINGS_FILE
-    # As a file has them: lists, no tuples.
+    # As read from a file: lists instead of tuples.
     before, now = (
         OmegaConf.to_container(OmegaConf.create(settings_yaml(settings)))
         for settings in (load_config(str(file), []), config)
@@ -218,7 +218,7 @@ def changed_settings(checkpoint: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def open_output_dir(config: RunConfig) -> Path:
-    """Take the folder for this run, in place of one that may be overwritten, and write the settings into it."""
+    """Write the settings into the folder, with train.overwrite in place of the run that is there."""
     folder = Path(config.train.output_dir)
     if config.train.overwrite:
         remove_run(folder)
@@ -238,7 +238,7 @@ def remove_run(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Oldest first, whole or damaged; only what has the name of one."""
+    """All folders with the name of a checkpoint, also damaged ones, oldest first."""
     found = (path for path in folder.glob("checkpoints/step-*") if CHECKPOINT.fullmatch(path.name))
     return sorted(found, key=step_of)
 
@@ -277,7 +277,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, config: RunConfig, s
                     discard(final)
                 os.replace(partial, final)
                 sync(final.parent)
-                # Later ones are left alone: this one may be the only one that is whole.
+                # Keep later ones, which may be damaged: this one may be the only one that is not.
                 before = [path for path in list_checkpoints(folder) if step_of(path) < step_of(final)]
                 for old in before[: max(0, len(before) + 1 - KEPT_CHECKPOINTS)]:
                     discard(old)
@@ -365,7 +365,7 @@ def check_best_model(
 
 
 def check_shapes(tensors: dict[int, dict[str, torch.Tensor]], optimizer: Optimizer) -> None:
-    """Raises ValueError for a state of the optimizer that is not of its parameters."""
+    """Raises ValueError if the state of the optimizer does not fit its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, kept in tensors.items():
         for key, tensor in kept.items():
@@ -445,7 +445,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
 
 
 def manifest(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of the model in `folder` when it was written; nothing where that is not known."""
+    """The SHA-256 of each file of the model in `folder` when it was written; empty if there is no valid manifest."""
     try:
         digests = read_manifest(folder)
     except (OSError, ValueError):
@@ -454,7 +454,7 @@ def manifest(folder: Path) -> dict[str, str]:
 
 
 def edited_files(folder: Path) -> set[str]:
-    """Files of the model in `folder`, except weights, that are whole but not as they were written: the user's."""
+    """Files of the model in `folder`, except weights, that the user has edited: readable, but not as written."""
     return {
         name
         for name, digest in manifest(folder).items()
@@ -513,7 +513,7 @@ def raise_on_all(what: str) -> Iterator[None]:
 
 
 def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model in `folder` is the one from before or this one: its files are replaced once all are on the disk."""
+    """Replace the model in `folder` once all new files are on the disk. The next start finishes what a kill cut off."""
     with written_model(folder, model, tokenizer) as partial:
         write_manifest(partial)
         os.replace(partial, folder / READY)
@@ -525,7 +525,7 @@ def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
 def written_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **kwargs
 ) -> Iterator[Path]:
-    """A folder inside `folder` with the files of the model; what is still there at the end is removed."""
+    """A temporary folder inside `folder` with the files of the model."""
     partial = folder / f"model{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -565,7 +565,7 @@ def rewrite_unreadable(folder: Path, model: PreTrainedModel, tokenizer: PreTrain
 def install_best_model(folder: Path) -> None:
     """Finish save_best_model, also after a process that was killed in it. Files that the user has edited stay."""
     ready, edited = folder / READY, edited_files(folder)
-    # The manifest last: by the one from before, what the user has edited is told from what is not replaced yet.
+    # The manifest last: the old one tells files that the user has edited from those that are not replaced yet.
     for path in sorted(ready.rglob("*"), key=lambda path: (path.name == MANIFEST_FILE, path)):
         target = folder / path.relative_to(ready)
         if path.is_dir():

@@ -25,10 +25,10 @@ LARGEST_SEED = 2**31 - 1  # numpy takes 32 bits, and each process adds its rank
 MOST_SKIPPED_STEPS = 10  # in a row, with train.on_nonfinite=skip
 MOST_LAYERS = 10_000  # the configuration of a model lists them
 
-# What a resumed run may change; it holds from the first step of that start on. Any other setting is refused by name.
+# Settings that a resumed run may change, from its first step on. A change of any other is an error.
 CHANGEABLE = {
     "model": {"dropout", "scan_backend"},
-    # A text and a tokenizer are known by their content, see `token_digests`, except a streamed data set.
+    # Texts and tokenizers are compared by content, see `token_digests`, except streamed data sets.
     "data": {"dataset", "files", "held_out_files", "mixture", "tokenizer"},
     "train": {
         "batch_size", "betas", "bf16", "chunk_length", "compile", "context_parallel_size", "decay_steps",
@@ -39,7 +39,7 @@ CHANGEABLE = {
     },
     "hub": {"license", "private", "push", "repository"},
 }  # fmt: skip
-# The keys that say where a text is read, each with what belongs to it: one that is set replaces those set before.
+# The keys that name a source of text, each with the keys that belong to it: setting one replaces those set before.
 SOURCES = {
     "dataset": {"dataset_config", "split", "held_out_split", "text_column"},
     "files": {"held_out_files", "text_column"},
@@ -48,7 +48,7 @@ SOURCES = {
 }
 TOKENIZERS = ("byte", "character", "bpe")
 SMALLEST_BPE = 258
-# With train.carry_state they decide where the rows read on, and which state is whose.
+# With train.carry_state they decide where the rows continue, and to which rows the states belong.
 SHAPE_OF_STATES = {"train.batch_size", "train.gradient_accumulation_steps", "train.sequence_length"}
 
 
@@ -367,7 +367,7 @@ def load_config(path: str, overrides: list[str]) -> RunConfig:
 
 
 def replace_source(data: DictConfig, sections: Any) -> None:
-    """Where the data section of `sections` sets one of SOURCES, forget the others and what belongs to them."""
+    """If the data section of `sections` sets one of SOURCES, reset the others and the keys that belong to them."""
     values = sections.get("data") if isinstance(sections, dict) else None
     if not isinstance(values, dict) or not any(values.get(source) for source in SOURCES):
         return
@@ -388,7 +388,7 @@ def set_values(config: DictConfig, sections: Any) -> None:
         if not isinstance(values, dict):
             raise InputError(f"section {section} is not a mapping of keys to values")
         for key, value in values.items():
-            # `model` takes any key here: check_model knows which there are.
+            # `model` takes any key here; check_model knows the valid ones.
             if section != "model" and key not in config[section].keys():
                 near = nearest(key, config[section])
                 raise InputError(f"unknown key {section}.{key}; the nearest known one is {section}.{near}")
@@ -405,13 +405,13 @@ def set_values(config: DictConfig, sections: Any) -> None:
 
 
 def settings_yaml(config: RunConfig) -> str:
-    """What was asked of one call alone, to resume or to overwrite, is no property of the run and is left out."""
+    """The settings as YAML, except resume and overwrite, which are requests of a single call."""
     settings = replace(config, train=replace(config.train, resume=False, overwrite=False))
     return OmegaConf.to_yaml(OmegaConf.structured(settings))
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    """With the arguments of the model that were left to their defaults, save those that the tokenizer gives."""
+    """The settings with the default arguments of the model filled in, except those that the tokenizer gives."""
     defaults = {key: default for key, (default, _) in model_settings().items() if key != "vocab_size"}
     return replace(config, model=defaults | config.model)
 
@@ -465,7 +465,7 @@ def yaml_value(value: Any) -> str:
 
 
 def check_tokenizer(name: str) -> None:
-    """Raises InputError for what cannot be the name of a tokenizer: whatever is to be loaded is looked for later."""
+    """Raises InputError for a string that cannot name a tokenizer. Whether it can be loaded turns out later."""
     if name not in TOKENIZERS and not Path(name).exists() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise InputError(
             f"data.tokenizer is {name!r}: must be {', '.join(TOKENIZERS)}, the folder of a tokenizer, or the "
@@ -474,7 +474,7 @@ def check_tokenizer(name: str) -> None:
 
 
 def check_model(arguments: dict[str, Any]) -> None:
-    """Raises InputError for what MinRNNConfig does not take, whatever the tokenizer will add."""
+    """Raises InputError for arguments that MinRNNConfig refuses, whatever the tokenizer adds later."""
     config_class = model_config_class()
     known = [field.name for field in fields(config_class)]
     for key in arguments:
@@ -490,7 +490,7 @@ def check_model(arguments: dict[str, Any]) -> None:
 
 
 def model_config_class() -> type:
-    """MinRNNConfig. Where modeling_minrnn is not imported yet, without the models, whose import takes seconds."""
+    """MinRNNConfig. If modeling_minrnn is not imported yet, without importing the models, which takes seconds."""
     if "modeling_minrnn" in sys.modules:
         return importlib.import_module("modeling_minrnn.configuration_minrnn").MinRNNConfig
     package = ModuleType("settings_of_minrnn")
@@ -514,7 +514,7 @@ def one_line(error: Exception) -> str:
 
 
 def with_lists(source: Any) -> dict[str, Any]:
-    """Of a source of a mixture: one path is a list of one."""
+    """A source of a mixture, in which a single path becomes a list."""
     if not isinstance(source, dict) or not source.keys() & {"dataset", "files"}:
         raise InputError(
             f"data.mixture has {source!r}: a source is {{dataset: NAME, weight: 1}} or {{files: [PATH], ...}}"
@@ -525,7 +525,7 @@ def with_lists(source: Any) -> dict[str, Any]:
 
 @contextmanager
 def exit_with_one_line() -> Iterator[None]:
-    """What the user can mend ends the process with exit code 2 and one line. OSError: a disk, in its own words."""
+    """Errors that the user can correct end the process with one line and exit code 2. OSError: a full disk, say."""
     try:
         yield
     except (InputError, OSError) as error:

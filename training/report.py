@@ -87,7 +87,7 @@ def read_metrics(folder: Path, first_step: int = 0) -> list[dict[str, Any]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Raises InputError for a line that is no row, save for the end of one that a run was killed over."""
+    """Raises InputError for a line that is not a JSON object with a step; the last may be incomplete, after a kill."""
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         try:
@@ -137,7 +137,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 
 def lasting_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts without those whose steps were lost, because a later one began no later."""
+    """The starts except those whose steps were lost because a later start began at the same step or before."""
     lasting: list[dict[str, Any]] = []
     for row in read_starts(folder):
         if "command" in row:
@@ -214,7 +214,7 @@ def plot_states(reports: list[StateReport], path: Path) -> None:
 
 @dataclass
 class TrainedModel:
-    """What a model card says beyond the settings of the run. What is not known it leaves out."""
+    """What a model card says beyond the settings of the run; unknown facts are left out."""
 
     parameters: int
     command: str  # or several, a line each
@@ -293,7 +293,7 @@ def model_card(name: str, config: RunConfig, settings: str, model: TrainedModel)
 
 
 def is_on_hub(source: SourceConfig) -> bool:
-    """Whether data.dataset is no path of this machine."""
+    """Whether data.dataset names a data set of the Hub, not a path of this machine."""
     name = source.dataset
     return bool(name) and name != STDLIB and not Path(name).exists() and not glob.has_magic(name)
 
@@ -364,7 +364,7 @@ def digest_of(text: str) -> str:
 
 
 def commands_of(starts: list[dict[str, Any]]) -> list[str]:
-    """The command of each start, before the later ones their first step and what they changed."""
+    """The command of each start; before later ones a comment with their first step and the settings they changed."""
     lines = []
     for start in starts:
         words = [without_folder(word) for word in shlex.split(start["command"])]
@@ -378,7 +378,7 @@ def commands_of(starts: list[dict[str, Any]]) -> list[str]:
 
 
 def relative_path(path: str) -> str:
-    """What a reader elsewhere may know of a path: relative to the current folder, of others the name alone."""
+    """The path relative to the current folder, or its last part if it lies elsewhere: published cards name no more."""
     if not os.path.isabs(path):
         return path
     return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else Path(path).name
@@ -409,7 +409,7 @@ def without_folders(config: RunConfig) -> RunConfig:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what decides about the results of a run."""
+    """The versions of Python and of the packages that affect the results of a run."""
     packages = ("torch", "transformers", "accelerate", "datasets")
     return {"Python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 

@@ -11,16 +11,16 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from .config import TOKENIZERS, DataConfig, InputError, check_tokenizer, one_line
 from .data import cut
 
-# A BPE tokenizer is trained on so many, the first of the training text. 1 MB is read in about a second, and what is
-# kept, a count of each different word, came to 0.2 GB for the first 60 MB of Python source.
+# A BPE tokenizer is trained on the first so many characters of the training text. 1 MB takes about a second; counting
+# all different words took 0.2 GB for the first 60 MB of Python source.
 BPE_CHARACTERS = 10**8
 END_OF_TEXT = "<eos>"
 PADDING = "<pad>"
 UNKNOWN = "<unk>"
-# What to generate from ends in a token, not in padding; the models have no use for token_type_ids.
+# Prompts must end in a token, not in padding; the models do not use token_type_ids.
 SETTINGS = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
-# A conversation as plain text, in which a turn ends as a document does: "user: Hello.<eos>assistant: Hi.<eos>". Marked
-# is what the assistant generates, the end of its turn included: trainers can learn from that alone.
+# A conversation as plain text, in which a turn ends as a document does: "user: Hello.<eos>assistant: Hi.<eos>". The
+# turns of the assistant are marked, with the end token: trainers can compute the loss of these alone.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}"
     "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
