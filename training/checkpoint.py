@@ -513,7 +513,7 @@ def raise_on_all(what: str) -> Iterator[None]:
 
 
 def save_best_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Replace the model in `folder` once all new files are on the disk. The next start finishes what a kill cut off."""
+    """Replace the model in `folder` once all new files are on the disk; the next start finishes after a kill."""
     with written_model(folder, model, tokenizer) as partial:
         write_manifest(partial)
         os.replace(partial, folder / READY)
