@@ -73,7 +73,7 @@ from training.data import (
 from training.hub import check_repository, push_folder
 from training.optimizers import make_optimizer
 from training.parallel import Share, share_batch
-from training.precision import SLOW_BF16, SLOW_MUON, emulates_bf16
+from training.precision import SLOW_BF16, SLOW_MUON, WORTH_A_TRIAL, emulates_bf16, faster_products
 from training.report import (
     MetricsLog,
     held_out_scores,
@@ -122,6 +122,12 @@ def main(path: str, overrides: list[str]) -> int:
     notes = [f"train.bf16=true: {SLOW_BF16} (train.bf16=force: bfloat16 all the same)"] if emulated else []
     if train.optimizer == "muon" and cpu and emulates_bf16():
         notes.append(f"train.optimizer=muon: {SLOW_MUON}")
+    precision, found = torch.get_float32_matmul_precision(), None
+    if cpu and not train.bf16 and train.steps * train.batch_size * train.sequence_length >= WORTH_A_TRIAL:
+        # One answer for all processes, and through it for all that the run computes.
+        (found,) = broadcast_object_list([faster_products() if accelerator.is_main_process else None])
+    if found:
+        notes.append(found)
     for note in notes:
         accelerator.print(note)
     share = share_batch(accelerator, train)
@@ -130,8 +136,12 @@ def main(path: str, overrides: list[str]) -> int:
             if accelerator.is_main_process:
                 check_repository(config.hub)
     command = shlex.join(["python", "train.py", path, *overrides])
-    with sole_run(Path(train.output_dir), accelerator):
-        return run(config, accelerator, share, command, notes)
+    torch.set_float32_matmul_precision("medium" if found else precision)
+    try:
+        with sole_run(Path(train.output_dir), accelerator):
+            return run(config, accelerator, share, command, notes)
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str, notes: list[str]) -> int:

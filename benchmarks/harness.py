@@ -42,6 +42,9 @@ torch.set_num_threads(THREADS)
 keep_freed_memory()  # for all contenders, as train.py does
 
 now = time.process_time if THREADS == 1 else time.perf_counter  # for what one thread computes: not while others run
+# Variables of the environment that change times, by how their names begin: glibc's, and those that hold torch, oneDNN and
+# numba to an older processor.
+RECORDED = ("MALLOC_", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_")
 PACKAGES = ("torch", "transformers", "numba", "triton")
 
 
@@ -266,13 +269,13 @@ def _environment() -> dict[str, object]:
     """What a reader needs to repeat the run."""
     spec = sys.modules["__main__"].__spec__  # of a module that was started by its name
     program = ["-m", spec.name] if spec else sys.argv[:1]
-    malloc = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")]
+    variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(RECORDED)]
     return {
         # Of a copy without its repository, whoever made the copy says it (carry.py).
         "commit": os.environ.get("MINRNN_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         # The results that earlier runs appended do not make the code another one.
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
-        "command": shlex.join([*malloc, "python", *program, *sys.argv[1:]]),  # glibc's settings change times
+        "command": shlex.join([*variables, "python", *program, *sys.argv[1:]]),
         "threads": THREADS,
         "bf16": not emulates_bf16(),  # of the CPU
         "load_average": os.getloadavg()[0],
@@ -295,4 +298,7 @@ def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    restricted = os.environ.get("ATEN_CPU_CAPABILITY")
+    return (names[0] if names else platform.processor()) + (
+        f", restricted to {restricted.upper()}" if restricted else ""
+    )

@@ -29,9 +29,9 @@ class MinRNNRMSNorm(nn.RMSNorm):
 
 
 def _fuses(x: Tensor, weight: Tensor, backend: str) -> bool:
-    """Whether the kernel may take torch's place. A compiler fuses better, and a trace is to run elsewhere too."""
+    """Whether the kernel may take torch's place. What is exported or traced is to run elsewhere too."""
     return (
-        not torch.compiler.is_compiling()
+        not torch.compiler.is_exporting()
         and torch._C._get_tracing_state() is None  # or the sizes below would be traced
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)

@@ -30,6 +30,7 @@ from transformers import (
 
 import train
 from modeling_minrnn import NO_LOGITS, MinRNNConfig, MinRNNForCausalLM
+from training import precision
 from training.checkpoint import list_checkpoints
 from training.config import InputError, TrainConfig, load_config
 from training.data import RandomWindows, TokenStream, is_held_out, load_documents, token_stream
@@ -206,6 +207,41 @@ def test_a_cpu_that_would_emulate_bf16_trains_in_float32_and_says_so_once(run, t
     assert losses(forced) != losses(full)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "BF16" in line]
     assert line.startswith("train.optimizer=muon: this CPU has neither AVX-512 BF16 nor AMX, ")
+
+
+@pytest.mark.parametrize(
+    "gain, arithmetic, is_taken",
+    [(2.0, torch.float32, True), (1.4, torch.float32, False), (2.0, torch.bfloat16, False)],
+)
+def test_faster_products_are_taken_where_a_trial_finds_them_exact(monkeypatch, gain, arithmetic, is_taken):
+    clock, matmul = [0.0], torch.matmul
+
+    def product(*factors):
+        is_medium = torch.get_float32_matmul_precision() == "medium"
+        clock[0] += 1 / gain if is_medium else 1
+        return matmul(*(factor.to(arithmetic) for factor in factors)).float() if is_medium else matmul(*factors)
+
+    monkeypatch.setattr(torch, "matmul", product)
+    monkeypatch.setattr(precision.time, "process_time", lambda: clock[0])
+    assert bool(precision.faster_products()) == is_taken
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_run_with_faster_products_says_so_and_leaves_the_setting_as_it_was(run, monkeypatch, capsys):
+    seen = []
+
+    def seeing(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return make_optimizer(*arguments)
+
+    line = "products by another library"
+    monkeypatch.setattr(train, "faster_products", lambda: line)
+    monkeypatch.setattr(train, "WORTH_A_TRIAL", 1)
+    monkeypatch.setattr(train, "make_optimizer", seeing)
+    folder = run(**{"train.steps": 3})
+    assert seen == ["medium"] and torch.get_float32_matmul_precision() == "highest"
+    assert capsys.readouterr().out.count(line) == 1
+    assert json.loads((folder / "starts.jsonl").read_text().splitlines()[0])["notes"] == [line]
 
 
 def test_streaming_trains_and_resumes_on_a_local_data_set(run, tmp_path):
