@@ -42,8 +42,8 @@ torch.set_num_threads(THREADS)
 keep_freed_memory()  # for all contenders, as train.py does
 
 now = time.process_time if THREADS == 1 else time.perf_counter  # for what one thread computes: not while others run
-# Variables of the environment that change times, by how their names begin: glibc's, and those that hold torch, oneDNN and
-# numba to an older processor.
+# How variables of the environment begin that change times: glibc's, and those that hold torch, oneDNN and numba to an
+# older processor.
 RECORDED = ("MALLOC_", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_")
 PACKAGES = ("torch", "transformers", "numba", "triton")
 
@@ -298,7 +298,5 @@ def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    restricted = os.environ.get("ATEN_CPU_CAPABILITY")
-    return (names[0] if names else platform.processor()) + (
-        f", restricted to {restricted.upper()}" if restricted else ""
-    )
+    held_to = os.environ.get("ATEN_CPU_CAPABILITY", "").upper()
+    return (names[0] if names else platform.processor()) + (held_to and f", restricted to {held_to}")
