@@ -70,6 +70,16 @@ def test_the_operators_pass_opcheck():
     torch.library.opcheck(norm._norm_backward._opoverload, (x.detach(), weight.detach(), torch.ones(5), x.detach()))
 
 
+def test_it_stays_one_operator_in_a_compiled_model(for_any_size):
+    torch.compiler.reset()
+    compiled = torch.compile(module(32), fullgraph=True, backend="eager", dynamic=True)
+    for N in (4, 5):
+        x = normal(N, 32, seed=0).requires_grad_()
+        y = compiled(x)
+        assert is_fused(y)
+        torch.testing.assert_close(y, module(32)(x), rtol=0, atol=0)
+
+
 def test_nan_and_infinity_come_out_as_they_do_of_torch(for_any_size):
     x = torch.ones(3, 40)
     x[0, 3], x[1, 5] = float("nan"), float("inf")
