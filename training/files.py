@@ -10,7 +10,7 @@ from .config import InputError, SourceConfig
 # Files whose rows are documents, with the builder of datasets that reads them.
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 # Bytes of a file that are read at once.
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**16
 
 
 def names_files(dataset: str) -> bool:
