@@ -71,11 +71,16 @@ def forgotten_backends():
 
 
 @pytest.fixture
-def train_main():
-    """train.main in this process, with an accelerator of its own: accelerate keeps its settings until told not to."""
+def train_main(monkeypatch):
+    """train.main in this process, with an accelerator of its own: accelerate keeps its settings until told not to.
+
+    It draws no curve of the loss, which takes as long as the steps; two tests look at one.
+    """
     from accelerate.state import AcceleratorState, GradientState
 
     import train
+
+    monkeypatch.setattr(train, "plot_loss_curve", lambda folder: None)
 
     def forget():
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -35,7 +35,7 @@ from training.checkpoint import list_checkpoints
 from training.config import InputError, TrainConfig, load_config
 from training.data import RandomWindows, TokenStream, is_held_out, load_documents, token_stream
 from training.optimizers import make_optimizer, parameter_groups
-from training.report import read_metrics
+from training.report import plot_loss_curve, read_metrics
 from training.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,8 @@ def test_the_trainer_of_transformers_finetunes_the_output_folder_and_resumes(run
     assert_equal_weights(resumed.model.state_dict(), uninterrupted.model.state_dict())
 
 
-def test_the_output_folder_has_the_losses_and_their_curve(run):
+def test_the_output_folder_has_the_losses_and_their_curve(run, monkeypatch):
+    monkeypatch.setattr(train, "plot_loss_curve", plot_loss_curve)
     folder = run()
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
