@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from hypothesis import example, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from small_models import CELLS, SHAPES, WrittenOut, assert_close, random_ids, small_config, small_model
 from transformers import DataCollatorWithFlattening, DynamicCache
@@ -73,6 +74,7 @@ def test_a_reversed_sequence_is_read_alike_by_the_model_with_its_directions_swap
 
 @both_cells
 @every_backend
+@examples(max_examples=20)
 @given(shape=st.sampled_from(SHAPES), B=st.integers(1, 3), T=st.integers(1, 14), data=st.data())
 @torch.no_grad()
 def test_packed_documents_with_padding_anywhere_equal_the_documents(cell_type, backend, dtype, shape, B, T, data):
@@ -105,6 +107,7 @@ def test_a_padded_batch_equals_its_sequences(cell_type, backend, dtype, side):
 
 @both_cells
 @pytest.mark.parametrize("description", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+@examples(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 @example(lengths=[1, 1, 1])
 @torch.no_grad()

@@ -90,7 +90,7 @@ def cases(draw):
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("cell_type", CELLS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(case=cases(), shape=st.sampled_from(SHAPES))
 def test_loss_and_gradients_are_those_of_one_pass_over_everything(cell_type, dtype, case, shape):
     ids, labels, chunk_size, kwargs = case

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
@@ -68,10 +67,11 @@ FIRST_USES = {
     use.__name__: (use, "auto")
     for use in (decomposed, compiled, by_vmap, by_fake_tensors, by_functions, by_forward_mode, differentiated)
 } | {f"exported from {backend}": (exported, backend) for backend in ("auto", "numba")}
+FIRST_USES["differentiated by torch"] = differentiated, "torch"
 
 
 def use_first(name):
-    """Whether it went as it should; or what was raised."""
+    """Whether it went as it should, without loading the kernels of a GPU; or what was raised."""
     from small_models import random_ids, small_model
 
     use, backend = FIRST_USES[name]
@@ -82,7 +82,10 @@ def use_first(name):
         torch.testing.assert_close(actual, forward(model, ids), rtol=1e-5, atol=1e-5)
     except Exception as error:
         return repr(error)
-    return "right" if "modeling_minrnn.scan_numba" in sys.modules else "without the kernels"
+    if "modeling_minrnn.scan_triton" in sys.modules:
+        return "with the kernels of a GPU"
+    has_kernels = "modeling_minrnn.scan_numba" in sys.modules
+    return "right" if has_kernels == (backend != "torch") else "without the kernels of its backend"
 
 
 def main():
@@ -98,17 +101,12 @@ def main():
         os.waitpid(child, 0)
 
 
-@pytest.fixture(scope="module")
-def results():
+def test_a_first_use_is_right():
     code = "import test_first_use; test_first_use.main()"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert output.returncode == 0, output.stderr
-    return dict(json.loads(line) for line in output.stdout.splitlines() if line.startswith("["))
-
-
-@pytest.mark.parametrize("name", FIRST_USES)
-def test_a_first_use_is_right(name, results):
-    assert results[name] == "right"
+    results = dict(json.loads(line) for line in output.stdout.splitlines() if line.startswith("["))
+    assert results == dict.fromkeys(FIRST_USES, "right")

@@ -12,6 +12,18 @@ from training.tokenizers import byte_tokenizer, character_tokenizer
 both_cells = pytest.mark.parametrize("cell_type", CELLS)
 both_backends = pytest.mark.parametrize("backend", ["torch", "numba"])
 
+
+def every_pair_with(*numbers):
+    """Each of three numbers with each backend and each dtype, and these with each other; not all in every combination,
+    as none of them reads another's setting."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    dtypes = ((float32, bfloat16), (bfloat16, float32), (float32, bfloat16))
+    return pytest.mark.parametrize(
+        "number, backend, dtype",
+        [(n, b, d) for n, pair in zip(numbers, dtypes) for b, d in zip(("torch", "numba"), pair)],
+    )
+
+
 NEW_TOKENS = 24
 END = 34  # with the models below, rows of a batch end after different lengths
 
@@ -105,8 +117,7 @@ def test_a_static_cache_can_be_reset_and_used_again(cell_type, backend, mode):
 
 @pytest.mark.oldest
 @both_cells
-@both_backends
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("backend, rows", [("torch", 1), ("numba", 3)])  # a compiler sees the same operator in both
 def test_compiled_generation_gives_the_same_tokens_and_compiles_once(cell_type, backend, rows):
     torch.compiler.reset()
     model = talking_model(cell_type, scan_backend=backend)
@@ -163,31 +174,27 @@ def assert_greedy(model, tokens, prompt_length, expected):
 
 
 @both_cells
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prompt_length", [1, 8, 300])
-def test_prompt_lookup_gives_the_tokens_of_greedy_search(cell_type, backend, dtype, prompt_length):
+@every_pair_with(1, 8, 300)
+def test_prompt_lookup_gives_the_tokens_of_greedy_search(cell_type, number, backend, dtype):
     model = talking_model(cell_type, scan_backend=backend).to(dtype)
-    prompt = random_ids(1, 4).repeat(1, 75)[:, -prompt_length:]  # repeats itself: there is something to look up
+    prompt = random_ids(1, 4).repeat(1, 75)[:, -number:]  # repeats itself: there is something to look up
     settings = {"max_new_tokens": 40, "eos_token_id": None}
     expected = generate(model, prompt, use_cache=False, **settings)
     tokens = generate(model, prompt, prompt_lookup_num_tokens=5, max_matching_ngram_size=1, **settings)
-    assert_greedy(model, tokens, prompt_length, expected)
+    assert_greedy(model, tokens, number, expected)
 
 
 @pytest.mark.oldest
 @both_cells
-@both_backends
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("drafted", [1, 5, 20])
-def test_an_assistant_changes_no_token(cell_type, backend, dtype, drafted):
+@every_pair_with(1, 5, 20)
+def test_an_assistant_changes_no_token(cell_type, number, backend, dtype):
     model = talking_model(cell_type, scan_backend=backend).to(dtype)
     prompt = random_ids(1, 8)
     settings = {"eos_token_id": None}
     expected = generate(model, prompt, use_cache=False, **settings)
     for noise in (0, 0.05, 1):  # of the model's own drafts all are accepted, then some, then few
         assistant = with_noise(model, noise)
-        assistant.generation_config.num_assistant_tokens = drafted
+        assistant.generation_config.num_assistant_tokens = number
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
         assistant.generation_config.assistant_confidence_threshold = 0.0
         tokens = generate(model, prompt, assistant_model=assistant, **settings)

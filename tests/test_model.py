@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import random_mask
 from small_models import (
@@ -49,6 +49,8 @@ every_backend = pytest.mark.parametrize(
 )
 # transformers computes its losses in float32.
 every_float32_backend = pytest.mark.parametrize("backend, dtype", [("torch", torch.float32), ("numba", torch.float32)])
+# Of each claim for each cell and backend.
+some_examples = settings(max_examples=20)
 # Sizes of consecutive chunks, or of documents; a mask of a few rows.
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 shapes = st.integers(0, len(SHAPES) - 1)
@@ -104,6 +106,7 @@ def assert_row_equals_documents(row, output, oracle, documents, real):
 @pytest.mark.oldest
 @both_cells
 @every_backend
+@some_examples
 @given(shape=shapes, chunks=sizes, batch_size=st.integers(1, 3))
 @example(shape=0, chunks=[30], batch_size=2)
 @example(shape=0, chunks=[1] * 30, batch_size=2)
@@ -120,6 +123,7 @@ def test_a_sequence_in_any_chunks_is_read_as_the_recurrence_written_out(
 
 @both_cells
 @every_backend
+@some_examples
 @given(shape=shapes, masks=masks(), numbered=st.booleans())
 @torch.no_grad()
 def test_padding_anywhere_changes_nothing_in_any_chunks(cell_type, backend, dtype, shape, masks, numbered):
@@ -152,6 +156,7 @@ def test_a_padded_batch_equals_its_sequences(cell_type, backend, dtype, shape, s
 
 @both_cells
 @every_backend
+@some_examples
 @given(shape=shapes, masks=masks())
 @torch.no_grad()
 def test_packed_documents_with_padding_in_any_chunks_equal_the_documents(cell_type, backend, dtype, shape, masks):
@@ -181,8 +186,8 @@ def pack(documents, description):
 @pytest.mark.oldest
 @both_cells
 @every_backend
-@pytest.mark.parametrize("description", DESCRIPTIONS)
-@given(shape=shapes, lengths=sizes)
+@settings(max_examples=40)
+@given(description=st.sampled_from(DESCRIPTIONS), shape=shapes, lengths=sizes)
 @torch.no_grad()
 def test_documents_packed_by_the_collator_equal_the_documents(cell_type, backend, dtype, description, shape, lengths):
     model, oracle = model_and_oracle(cell_type, shape, backend, dtype)
@@ -194,6 +199,7 @@ def test_documents_packed_by_the_collator_equal_the_documents(cell_type, backend
 
 @both_cells
 @every_backend
+@some_examples
 @given(shape=shapes, lengths=sizes, chunk=st.integers(1, 20))
 @torch.no_grad()
 def test_packed_documents_go_on_in_the_next_chunk(cell_type, backend, dtype, shape, lengths, chunk):
