@@ -175,11 +175,10 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@both_cells
-@both_backends
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_training_step_compiles_into_one_graph(cell_type, backend):
-    model = encoder(cell_type, scan_backend=backend).train()
+def test_a_training_step_compiles_into_one_graph():
+    """A layer of each cell; a compiler sees the same operator whatever backend computes it."""
+    model = encoder(list(CELLS)).train()
     expected = gradients(model, PACKED)
     actual = gradients(model, PACKED, torch.compile(model.model, fullgraph=True, backend="aot_eager"))
     for name, gradient in actual.items():
