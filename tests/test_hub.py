@@ -63,49 +63,55 @@ def complete(model, folder):
 
 LOAD = """
 import json, sys
-folder, copy, *absent = sys.argv[1:]
-sys.modules.update(dict.fromkeys(absent))  # importing these is an ImportError
+sys.modules["modeling_minrnn"] = None  # importing it is an ImportError
 
 import torch, transformers
 from transformers import AutoTokenizer, pipeline
 
 torch.set_num_threads(1)
-classes = [getattr(transformers, name) for name in json.load(open(folder + "/config.json"))["auto_map"]]
-models = [auto.from_pretrained(folder, trust_remote_code=True) for auto in classes[1:]]
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-ids = tokenizer("def main(", return_tensors="pt")
 settings = {"max_new_tokens": 20, "do_sample": False}
-generate = pipeline("text-generation", folder, trust_remote_code=True)
-result = {
-    "classes": [type(model).__name__ for model in models],
-    "packages": sorted({type(model).__module__.split(".")[0] for model in models}),
-    "absent": [name for name in absent if sys.modules[name] is not None],
-    "hidden": models[0](**ids).last_hidden_state.flatten().tolist(),
-    "greedy": models[1].generate(**ids, **settings).tolist(),
-    "static": models[1].generate(**ids, **settings, cache_implementation="static").tolist(),
-    "text": generate("def main(", **settings)[0]["generated_text"],
-}
-models[1].save_pretrained(copy)
-tokenizer.save_pretrained(copy)
-json.dump(result, open("result.json", "w"))
+results = []
+for folder, copy, absent in json.loads(sys.argv[1]):
+    sys.modules.update(dict.fromkeys(absent))
+    classes = [getattr(transformers, name) for name in json.load(open(folder + "/config.json"))["auto_map"]]
+    models = [auto.from_pretrained(folder, trust_remote_code=True) for auto in classes[1:]]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer("def main(", return_tensors="pt")
+    generate = pipeline("text-generation", folder, trust_remote_code=True)
+    own = type(models[0]).__module__.rpartition(".")[0]
+    results.append({
+        "classes": [type(model).__name__ for model in models],
+        "packages": sorted({".".join(type(model).__module__.split(".")[:2]) for model in models}),
+        "hidden": models[0](**ids).last_hidden_state.flatten().tolist(),
+        "greedy": models[1].generate(**ids, **settings).tolist(),
+        "static": models[1].generate(**ids, **settings, cache_implementation="static").tolist(),
+        "text": generate("def main(", **settings)[0]["generated_text"],
+    })
+    results[-1]["kernels"] = own + ".scan_numba" in sys.modules
+    models[1].save_pretrained(copy)
+    tokenizer.save_pretrained(copy)
+json.dump(results, open("results.json", "w"))
 """
 
 
-def in_a_fresh_process(folder, copy, *absent):
-    """What LOAD finds, in a process that finds neither this package nor, by their names, others."""
-    home = copy.parent / "home"
+def in_a_fresh_process(*loads):
+    """What LOAD finds of each folder, of which it writes a copy, in a process that does not find this package.
+
+    From one load on it may not find others by their names either.
+    """
+    place = Path(loads[0][0]).parent
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD, folder, copy, "modeling_minrnn", *absent],
-        cwd=folder.parent,
+        [sys.executable, "-I", "-c", LOAD, json.dumps(loads)],
+        cwd=place,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    return json.loads((folder.parent / "result.json").read_text())
+    return json.loads((place / "results.json").read_text())
 
 
 def test_a_saved_model_loads_without_the_package_and_saves_itself_again(tmp_path):
@@ -115,11 +121,13 @@ def test_a_saved_model_loads_without_the_package_and_saves_itself_again(tmp_path
     expected = model.generate(**ids, max_new_tokens=20, do_sample=False, pad_token_id=0).tolist()
     assert len(set(expected[0][len(PROMPT) :])) > 2
 
-    again = tmp_path / "again"
-    for source, target, absent in ((folder, again, ()), (again, tmp_path / "third", ("numba", "triton"))):
-        result = in_a_fresh_process(source, target, *absent)
+    again, third = tmp_path / "again", tmp_path / "third"
+    loads = (str(folder), str(again), []), (str(again), str(third), ["numba", "triton"])
+    for (source, target, absent), result in zip(loads, in_a_fresh_process(*loads)):
+        target = Path(target)
         assert result["classes"] == [path.split(".")[1] for _, path in sorted(CAUSAL_MAP.items())][1:]
-        assert result["packages"] == ["transformers_modules"] and result["absent"] == []
+        assert result["packages"] == [f"transformers_modules.{Path(source).name}"]
+        assert result["kernels"] == (not absent)
         assert_close(torch.tensor(result["hidden"]), model.model(**ids).last_hidden_state.flatten())
         assert result["greedy"] == result["static"] == expected
         assert result["text"] == complete(model, folder)

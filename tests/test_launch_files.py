@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands import launch
-from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
 from small_runs import losses
 
 from training.config import InputError
@@ -65,20 +65,20 @@ def test_train_refuses_deepspeed_in_one_line(setting, train_main, monkeypatch, t
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_on_the_cpu_trains_as_without_a_launcher(setting, tmp_path, train_main):
-    config, launched = setting(), tmp_path / "launched"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "train.py", config, f"train.output_dir={launched}"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1 x cpu" in done.stdout
+def test_one_process_on_the_cpu_trains_as_without_a_launcher(setting, tmp_path, train_main, monkeypatch, capsys):
+    """By what accelerate would start it with."""
+    config, started = setting(), []
     assert train_main(config) == 0
-    assert losses(launched) == losses(tmp_path / "run")
+    monkeypatch.setattr(launch, "simple_launcher", lambda args: started.append(prepare_simple_launcher_cmd_env(args)))
+    launch.launch_command(launch_arguments("--config_file", "configs/accelerate/cpu.yaml"))
+    ((command, environment),) = started
+    assert command == [sys.executable, "train.py"] and environment["ACCELERATE_USE_CPU"] == "True"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    assert train_main(config, [f"train.output_dir={tmp_path / 'launched'}"]) == 0
+    assert "1 x cpu" in capsys.readouterr().out
+    assert losses(tmp_path / "launched") == losses(tmp_path / "run")
 
 
 def test_two_machines_train_like_one_process(setting, tmp_path, train_main):

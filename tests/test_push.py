@@ -26,25 +26,25 @@ from training.hub import published_files, push_folder
 from training.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
-REPOSITORY = "someone/times"
+REPOSITORY, BY_HAND = "someone/times", "someone/by-hand"
 PROMPT = "3 times"
 
 LOAD = """
 import json, sys
-repository, revision = sys.argv[1:]
 sys.modules["modeling_minrnn"] = None  # importing it is an ImportError
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
-pinned = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
-model = AutoModelForCausalLM.from_pretrained(repository, **pinned)
-tokenizer = AutoTokenizer.from_pretrained(repository, **pinned)
-ids = tokenizer("3 times", return_tensors="pt")
-print(json.dumps({
-    "module": type(model).__module__,
-    "ids": model.generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0].tolist(),
-    "logits": model(**ids).logits.flatten().tolist(),
-}))
+for repository, revision in zip(sys.argv[1::2], sys.argv[2::2]):
+    pinned = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
+    model = AutoModelForCausalLM.from_pretrained(repository, **pinned)
+    tokenizer = AutoTokenizer.from_pretrained(repository, **pinned)
+    ids = tokenizer("3 times", return_tensors="pt")
+    print(json.dumps({
+        "module": type(model).__module__,
+        "ids": model.generate(**ids, max_new_tokens=9, do_sample=False, pad_token_id=0)[0].tolist(),
+        "logits": model(**ids).logits.flatten().tolist(),
+    }))
 """
 
 
@@ -54,20 +54,41 @@ def hub():
         yield hub
 
 
-def run(hub, home, *command, token=TOKEN):
+def run(hub, home, *command):
     """A finished process that takes `hub` for the Hub."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
-        env=own | hub.environment(home, token) | {"OMP_NUM_THREADS": "1"},
+        env=own | hub.environment(home) | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
 
 
-def train(hub, folder, *overrides, token=TOKEN):
-    """train.py for a few steps, with hub.push; its output folder is folder/run."""
+# By a refused token and then by one that is taken; then a model by hand.
+PUBLISH = """
+import os, runpy, sys
+config, by_hand, name = sys.argv[1:]
+sys.argv = ["train.py", config]
+for token in ("hf_wrong", os.environ["HF_TOKEN"]):
+    os.environ["HF_TOKEN"] = token
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    except SystemExit as end:
+        has_begun = os.path.exists(os.path.join(os.path.dirname(config), "run"))
+        print("exit code", end.code, "after it began" if has_begun else "before it began")
+
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+AutoModelForCausalLM.from_pretrained(by_hand).push_to_hub(name)
+AutoTokenizer.from_pretrained(by_hand).push_to_hub(name)
+ModelCard.load(by_hand + "/README.md").push_to_hub(name)
+"""
+
+
+def publish(hub, folder, by_hand):
+    """train.py for a few steps, with hub.push; its output folder is folder/run. Then what is in `by_hand`."""
     (folder / "corpus.txt").write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(30) for b in range(9)))
     OmegaConf.save(
         {
@@ -81,14 +102,15 @@ def train(hub, folder, *overrides, token=TOKEN):
         },
         folder / "config.yaml",
     )  # fmt: skip
-    return run(hub, folder / "home", sys.executable, "train.py", folder / "config.yaml", *overrides, token=token)
+    arguments = folder / "config.yaml", by_hand, BY_HAND
+    return run(hub, folder / "home", sys.executable, "-c", PUBLISH, *arguments)
 
 
-def load(hub, folder, revision):
-    """What LOAD prints, in a process that finds nothing of this project but what is on the Hub."""
+def load(hub, folder, *repositories_and_revisions):
+    """What LOAD prints of each, in a process that finds nothing of this project but what is on the Hub."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     process = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD, REPOSITORY, revision],
+        [sys.executable, "-I", "-c", LOAD, *repositories_and_revisions],
         cwd=folder,
         env=own | hub.environment(folder / "new home"),
         stdin=subprocess.DEVNULL,
@@ -96,7 +118,7 @@ def load(hub, folder, revision):
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
 
 
 def contents(folder):
@@ -110,11 +132,23 @@ def assert_loads(loaded, model, tokenizer):
     torch.testing.assert_close(torch.tensor(loaded["logits"]), model(**ids).logits.flatten())
 
 
-def test_train_publishes_the_model_and_a_fresh_process_loads_it_by_its_name_and_revision(hub, tmp_path):
-    process = train(hub, tmp_path)
+def test_a_model_is_published_by_train_and_by_hand_and_a_fresh_process_loads_it_by_its_name_and_revision(
+    hub, tmp_path
+):
+    """A token that is refused ends train.py in one line before it begins."""
+    own_model = small_model("minlstm", vocab_size=258, tie_word_embeddings=False, seed=4, scan_backend="torch")
+    own_model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# Times\n")
+    process = publish(hub, tmp_path, tmp_path / "model")
     assert process.returncode == 0, process.stderr
+    first, *_, published_as, last = process.stdout.splitlines()
+    assert (first, last) == ("exit code 2 before it began", "exit code 0 after it began")
+    reason = "the token was refused; log in with `hf auth login`, or set HF_TOKEN"
+    assert process.stderr.count(f"error: hub.repository {REPOSITORY}: {reason}\n") == 1
+    assert "Traceback" not in process.stderr
     assert hub.repositories[REPOSITORY]["private"]
-    assert process.stdout.splitlines()[-1] == f"published as {hub.url}/{REPOSITORY}"
+    assert published_as == f"published as {hub.url}/{REPOSITORY}"
     steps = [
         "GET whoami",
         "GET repository",
@@ -134,40 +168,20 @@ def test_train_publishes_the_model_and_a_fresh_process_loads_it_by_its_name_and_
     assert all(contents(folder)[name] == content for name, content in published.items())
     assert not any(str(tmp_path).encode() in content for content in published.values())
 
+    assert hub.files(BY_HAND)["README.md"].decode() == (tmp_path / "model" / "README.md").read_text()
+    assert not hub.repositories[BY_HAND]["private"] and "POST validate_card" in hub.requests
+
     # A later commit that spoils the model does not reach who pinned the one before.
-    commits = hub.repositories[REPOSITORY]["commits"]
-    revision = commits[-1][0]
-    commits.append(("f" * 40, published | {"config.json": b"{}", "modeling_minrnn.py": b"raise SystemExit"}))
+    revisions = []
+    for name in (REPOSITORY, BY_HAND):
+        commits = hub.repositories[name]["commits"]
+        revisions += [name, commits[-1][0]]
+        spoilt = {"config.json": b"{}", "modeling_minrnn.py": b"raise SystemExit"}
+        commits.append(("f" * 40, hub.files(name) | spoilt))
+    of_train, of_hand = load(hub, tmp_path, *revisions)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert_loads(load(hub, tmp_path, revision), model, tokenizer)
-
-
-def test_model_tokenizer_and_card_are_published_by_hand(hub, tmp_path):
-    model = small_model("minlstm", vocab_size=258, tie_word_embeddings=False, seed=4, scan_backend="torch")
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n\n# Times\n")
-    push = (
-        "from huggingface_hub import ModelCard; from transformers import AutoModelForCausalLM, AutoTokenizer; "
-        "import modeling_minrnn, sys; folder, name = sys.argv[1:]; "
-        "AutoModelForCausalLM.from_pretrained(folder).push_to_hub(name); "
-        "AutoTokenizer.from_pretrained(folder).push_to_hub(name); "
-        "ModelCard.load(folder + '/README.md').push_to_hub(name)"
-    )
-    process = run(hub, tmp_path / "home", sys.executable, "-c", push, tmp_path / "model", REPOSITORY)
-    assert process.returncode == 0, process.stderr
-    assert hub.files(REPOSITORY)["README.md"].decode() == (tmp_path / "model" / "README.md").read_text()
-    assert not hub.repositories[REPOSITORY]["private"] and "POST validate_card" in hub.requests
-    revision = hub.repositories[REPOSITORY]["commits"][-1][0]
-    assert_loads(load(hub, tmp_path, revision), model, byte_tokenizer())
-
-
-def test_a_refused_token_ends_a_run_in_one_line_before_it_begins(hub, tmp_path):
-    process = train(hub, tmp_path, token="hf_wrong")
-    assert process.returncode == 2 and "Traceback" not in process.stderr
-    reason = "the token was refused; log in with `hf auth login`, or set HF_TOKEN"
-    assert process.stderr.splitlines()[-1] == f"error: hub.repository {REPOSITORY}: {reason}"
-    assert not (tmp_path / "run").exists() and hub.repositories == {}
+    assert_loads(of_train, model, tokenizer)
+    assert_loads(of_hand, own_model, byte_tokenizer())
 
 
 class Client:
@@ -222,11 +236,11 @@ def test_only_what_the_writer_of_the_model_lists_is_published(folder, monkeypatc
         push_folder(folder, HubConfig(repository=REPOSITORY))
 
 
-def failed(reason, folder):
+def failed(reason, folder, repository):
     include = " ".join(f"--include {name}" for name in published_files(folder))
     return (
-        f"hub.repository {REPOSITORY}: {reason}. The run is complete in {folder}; to upload it: "
-        f"hf upload {REPOSITORY} {folder} . {include} --private"
+        f"hub.repository {repository}: {reason}. The run is complete in {folder}; to upload it: "
+        f"hf upload {repository} {folder} . {include} --private"
     )
 
 
@@ -237,10 +251,11 @@ import huggingface_hub.utils._http
 from training.config import HubConfig, InputError
 from training.hub import push_folder
 huggingface_hub.utils._http.time.sleep = lambda seconds: None  # between six attempts, 23 seconds in all
-try:
-    push_folder(Path(sys.argv[1]), HubConfig(repository=sys.argv[2]))
-except InputError as error:
-    print(error)
+for repository in sys.argv[2:]:
+    try:
+        push_folder(Path(sys.argv[1]), HubConfig(repository=repository))
+    except InputError as error:
+        print(error)
 """
 
 
@@ -256,26 +271,23 @@ def folder(tmp_path):
     return folder
 
 
-def test_an_upload_to_a_name_that_exists_changes_nothing(hub, folder):
+def test_an_upload_that_fails_changes_nothing_and_can_be_made_good(hub, folder):
+    """To a name that exists, and over a connection that drops in mid-upload."""
     before = contents(folder)
-    hub.repositories[REPOSITORY] = {"private": False, "commits": [("0" * 40, {"thesis.txt": b"irreplaceable"})]}
-    process = run(hub, folder.parent / "home", sys.executable, "-c", PUSH_FOLDER, folder, REPOSITORY)
-    assert process.stdout == failed("a repository of this name exists", folder) + "\n"
-    assert contents(folder) == before
-    assert hub.files(REPOSITORY) == {"thesis.txt": b"irreplaceable"}
-
-
-def test_a_connection_that_drops_in_mid_upload_loses_nothing_and_can_be_made_good(hub, folder):
-    before = contents(folder)
+    hub.repositories["someone/thesis"] = {"private": False, "commits": [("0" * 40, {"thesis.txt": b"irreplaceable"})]}
     hub.drop_uploads = True
-    process = run(hub, folder.parent / "home", sys.executable, "-c", PUSH_FOLDER, folder, REPOSITORY)
+    names = ["someone/thesis", REPOSITORY]
+    process = run(hub, folder.parent / "home", sys.executable, "-c", PUSH_FOLDER, folder, *names)
+    exists, dropped = process.stdout.splitlines()
+    assert exists == failed("a repository of this name exists", folder, "someone/thesis")
+    assert hub.files("someone/thesis") == {"thesis.txt": b"irreplaceable"}
     reason = "Error while uploading 'model.safetensors' to the Hub: Server disconnected without sending a response"
-    assert process.stdout == failed(reason, folder) + "\n"
+    assert dropped == failed(reason, folder, REPOSITORY)
     assert contents(folder) == before
     assert hub.files(REPOSITORY) == {}
 
     hub.drop_uploads = False
-    _, *arguments = shlex.split(process.stdout.partition("to upload it: ")[2])
+    _, *arguments = shlex.split(dropped.partition("to upload it: ")[2])
     process = run(hub, folder.parent / "home", Path(sys.executable).parent / "hf", *arguments)
     assert process.returncode == 0, process.stderr
     assert hub.files(REPOSITORY) == {name: before[name] for name in published_files(folder)}
