@@ -6,8 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate.optimizer
@@ -15,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from processes import start_processes
 from safetensors.torch import load_file
 from small_models import small_model
 from small_runs import losses
 
+import train
 import training.checkpoint
 from training.checkpoint import Progress, TrainingState, damage, list_checkpoints, load_checkpoint, save_checkpoint
 from training.config import InputError, RunConfig, TrainConfig
@@ -94,20 +94,19 @@ def nothing(*arguments, **keywords):
     pass
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        (training.checkpoint, "load_model"),
-        (accelerate.optimizer.AcceleratedOptimizer, "load_state_dict"),
-        (RandomWindows, "load_state_dict"),
-        (torch, "set_rng_state"),
-        (random, "setstate"),
-        (np.random, "set_state"),
-        (training.checkpoint, "Progress"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
-)
-def test_a_piece_that_is_not_restored_shows(run, kept, monkeypatch, owner, name):
+# What sets each piece of the state.
+PIECES = [
+    (training.checkpoint, "load_model"),
+    (accelerate.optimizer.AcceleratedOptimizer, "load_state_dict"),
+    (RandomWindows, "load_state_dict"),
+    (torch, "set_rng_state"),
+    (random, "setstate"),
+    (np.random, "set_state"),
+    (training.checkpoint, "Progress"),
+]
+
+
+def test_a_piece_that_is_not_restored_shows(run, kept, monkeypatch, tmp_path):
     too_high = {"train.learning_rate": 3.0, "train.min_learning_rate_ratio": 1.0, "train.warmup_steps": 1}
     settings = SETTINGS | too_high
     folder = run(**settings)
@@ -115,12 +114,19 @@ def test_a_piece_that_is_not_restored_shows(run, kept, monkeypatch, owner, name)
     evaluations = losses(folder, "held_out_loss")
     assert min(evaluations) == evaluations[0]  # a best that only a run from the start has seen
     stop_at(folder, 3)
-    if name == "Progress":  # all but the step, which is how far the loop goes
-        monkeypatch.setattr(owner, name, lambda step, **rest: Progress(step))
-    else:
-        monkeypatch.setattr(owner, name, nothing)
-    run(**settings, **{"train.resume": True})
-    assert outcome(folder) != expected
+    shutil.copytree(folder, tmp_path / "stopped")
+    for owner, name in [*PIECES, (None, None)]:
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "stopped", folder)
+        with monkeypatch.context() as patch:
+            if owner is not None:  # of progress all but the step, which is how far the loop goes
+                patch.setattr(owner, name, nothing if name != "Progress" else lambda step, **rest: Progress(step))
+            run(**settings, **{"train.resume": True})
+        assert (outcome(folder) == expected) == (owner is None), name
+
+
+def train_anew(rank, config, overrides):
+    assert train.main(config, overrides) == 0
 
 
 def test_a_new_process_and_its_worker_go_on_as_the_old_ones_would_have(setting, streaming, train_main, tmp_path):
@@ -130,10 +136,7 @@ def test_a_new_process_and_its_worker_go_on_as_the_old_ones_would_have(setting, 
     assert train_main(config, ["train.save_every_steps=4"]) == 0
     expected = outcome(folder)
     stop_at(folder, 4)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train.py", config, "train.resume=true"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    start_processes(train_anew, (config, ["train.resume=true"]), 1)
     assert outcome(folder) == expected
 
 

@@ -295,7 +295,7 @@ def test_memories_at_the_start_reach_as_far_as_asked(cell_type):
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # torch.export, of itself
 @pytest.mark.parametrize("cell", [MinGRUCell(), Aaren(2)], ids=lambda c: c.spec)
 def test_compiled_exported_and_in_onnx_it_computes_the_same(cell, tmp_path):
-    rnn = layer(cell, num_layers=2, bidirectional=True, batch_first=True).eval()
+    rnn = layer(cell, bidirectional=True, batch_first=True).eval()
     x = torch.randn(2, 9, C)
     with torch.no_grad():
         expected = rnn(x)
