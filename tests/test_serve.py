@@ -375,8 +375,8 @@ def test_requests_beyond_those_that_may_wait_are_told_to_try_again(started):
 
 
 def test_sigterm_ends_the_server_soon_and_every_request_with_a_reason(started):
-    folder, _ = started
-    process = Server(folder, "--slots", "2")
+    """The last test of this file: it ends the server of the others, whose slots are fewer than the requests."""
+    folder, process = started
 
     async def ask(client, stream):
         try:
@@ -388,7 +388,7 @@ def test_sigterm_ends_the_server_soon_and_every_request_with_a_reason(started):
 
     async def all_clients():
         async with openai.AsyncOpenAI(base_url=process.url + "/v1", api_key="none", max_retries=0) as client:
-            tasks = [asyncio.ensure_future(ask(client, stream)) for stream in (True, False) * 3]
+            tasks = [asyncio.ensure_future(ask(client, stream)) for stream in (True, False) * 6]
             await asyncio.sleep(1)
             process.process.send_signal(signal.SIGTERM)
             return await asyncio.gather(*tasks)
