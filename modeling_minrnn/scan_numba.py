@@ -187,21 +187,13 @@ def prefetch_line(typing_context, address):
 
 @numba.njit(inline="always")
 def prefetch(row, back):
-    """The lines of as many numbers, `back` numbers before a row."""
+    """The lines of as many numbers, `back` numbers before a row.
+
+    Hardware prefetch runs forwards, and the backward kernel walks backwards: short rows then take twice as long. Only
+    a few rows before each loop: a core waits for so many lines at a time, and would compute nothing meanwhile.
+    """
     for offset in range(0, 4 * len(row), 64):
         prefetch_line(row.ctypes.data - 4 * back + offset)
-
-
-@numba.njit(inline="always")
-def fetch_ahead(code, columns, p, d_p, before, d_out, ahead, stride_t, d_stride, H, R, out_t):
-    """Hardware prefetch runs forwards, and the backward kernel walks backwards: short rows then take twice as long."""
-    for column in range(columns):
-        prefetch(p[column], ahead * stride_t)
-        prefetch(d_p[column], ahead * d_stride)
-    prefetch(before[0], ahead * H)
-    prefetch(d_out, ahead * out_t)
-    if code & RWKV:
-        prefetch(before[1], ahead * R)
 
 
 @scalar
@@ -303,26 +295,32 @@ def candidate_and_slope(x, is_linear):
 
 @scalar
 def minlstm_gates(forget, input_, x, is_linear):
-    """a = f / (f + i), f = sigmoid(forget), i = sigmoid(input_); spared: 1 - f and 1 - i.
+    """a = f / (f + i), f = sigmoid(forget), i = sigmoid(input_); spared: (1 - f) z and (1 - i) a.
 
     With 1 / f = 1 + exp(-forget): a = (1 + exp(-input_)) / (2 + exp(-input_) + exp(-forget)). Numerator and
-    denominator are scaled by exp(low), low = min(forget, input_, 0), so that no exponent is positive.
+    denominator are scaled by exp(min(forget, input_, 0)), so that no exponent is positive; one of the three that are
+    left is 0.
     """
-    low = forget if forget < input_ else input_
-    low = low if low < np.float32(0.0) else np.float32(0.0)
-    scale, e_forget, e_input = exp_nonpositive(low), exp_nonpositive(low - forget), exp_nonpositive(low - input_)
+    one, zero = np.float32(1.0), np.float32(0.0)
+    is_less = forget < input_
+    less, more = forget if is_less else input_, input_ if is_less else forget
+    is_negative = less < zero
+    e_less, e_more = exp_nonpositive(-abs(less)), exp_nonpositive(less - more if is_negative else -more)
+    scale, e_less = e_less if is_negative else one, one if is_negative else e_less
+    e_forget, e_input = e_less if is_less else e_more, e_more if is_less else e_less
     over_f, over_i = scale + e_forget, scale + e_input  # scale / f, scale / i
-    total = np.float32(1.0) / (over_f + over_i)
+    total = one / (over_f + over_i)
     a, z = over_i * total, over_f * total
     c, _ = candidate_and_slope(x, is_linear)
-    return smaller(a, z), np.float32(1.0), z * c, e_forget / over_f, e_input / over_i
+    return smaller(a, z), one, z * c, e_forget * total, e_input * total
 
 
 @scalar
-def minlstm_pull_back(x, is_linear, share, one_minus_f, one_minus_i, h, d):
+def minlstm_pull_back(x, is_linear, share, z_not_f, a_not_i, h, d):
     c, slope = candidate_and_slope(x, is_linear)
-    d_log_odds, d_x = mingru_pull_back(share, c, slope, h, d)
-    return -d_log_odds * one_minus_f, d_log_odds * one_minus_i, d_x
+    a, z = both(share)
+    d_a = d * (h - c)
+    return d_a * a * z_not_f, -d_a * z * a_not_i, d * z * slope
 
 
 @scalar
@@ -452,10 +450,11 @@ def forward_row(code, p, q, carry, L, states, rows):
 
 
 @numba.njit(inline="always")
-def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows):
+def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows, back):
     """The gradients of a token's projections, and `carries` on their way to the token before, whose state is `before`.
 
     d_after: the gradient of the state after the token.
+    back: what is fetched meanwhile lies so many numbers before p, d_p, h, L and d_out.
     """
     (h, L), (upstream, d_L), (carry, L_carry) = before, d_after, carries
     share, sign, total, spared0, spared1, wide = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
@@ -466,14 +465,23 @@ def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows):
             for d in range(e * size, (e + 1) * size):
                 wide[d] = gate[e] - L[e]
         gate, d_gate = wide, rows[6]
+    prefetch(p[0], back[0])
+    prefetch(x, back[0])
+    prefetch(d_p[0], back[1])
     for d in range(len(x)):
         share[d], turn, _, spared0[d], spared1[d] = gates(code, gate[d], x[d], z[d], q[0][d], is_first)
         if code == SIGNED:
             sign[d] = turn
+    prefetch(upstream, back[4])
+    prefetch(h, back[2])
     for d in range(len(x)):
         d_state = carry[d] + upstream[d]
         total[d] = np.float32(d_state)
         carry[d] = both(np.float64(share[d]))[0] * (sign[d] * d_state if code == SIGNED else d_state)
+    prefetch(d_p[1], back[1])
+    if columns == 3:
+        prefetch(z, back[0])
+        prefetch(d_p[2], back[1])
     for d in range(len(x)):
         d_gate[d], d_p[1][d], third, to_q = pull_back(
             code, gate[d], x[d], z[d], q[0][d], is_first, share[d], spared0[d], spared1[d], h[d], total[d]
@@ -524,10 +532,15 @@ def rwkv_forward_row(p, q, carry, L, out, states, log_sums, rows, larger):
 
 
 @numba.njit(inline="always")
-def rwkv_backward_row(p, q, before, d_out, d_after, carries, d_p, d_q, rows):
+def rwkv_backward_row(p, q, before, d_out, d_after, carries, d_p, d_q, rows, back):
     """As `backward_row`."""
     (k, v, r), (h, L), (upstream, d_L), (carry, L_carry) = p, before, d_after, carries
     share, to_h, to_L, to_v, d_r = rows[0], rows[1], rows[2], rows[3], d_p[2]
+    prefetch(k, back[0])
+    prefetch(v, back[0])
+    prefetch(r, back[0])
+    prefetch(h, back[2])
+    prefetch(L, back[3])
     for d in range(len(k)):
         odds, change = k[d] - L[d], v[d] - h[d]
         share[d], _, _, _, _ = mingru_gates(odds + q[0][d], v[d], True)
@@ -535,6 +548,10 @@ def rwkv_backward_row(p, q, before, d_out, d_after, carries, d_p, d_q, rows):
         read = d_out[d] * open_
         d_r[d] = read * shut * (h[d] + s * change)
         to_h[d], to_v[d], to_L[d] = read * rest, read * s, -read * change * s * rest
+    prefetch(d_out, back[4])
+    prefetch(d_p[0], back[1])
+    prefetch(d_p[1], back[1])
+    prefetch(d_r, back[1])
     for d in range(len(k)):
         d_state, d_log_sum = carry[d] + upstream[d], L_carry[d] + d_L[d]
         a, z = both(np.float64(share[d]))
@@ -625,6 +642,7 @@ def backward_kernel_of(code: int, columns: int):
         q, S = state_at(q, 0, q, D, channels), D + E
         width, n = d_stop - d_start, place[3] - place[2]
         ahead = max(1, PREFETCHED_AHEAD // (4 * columns * D))
+        back = ahead * stride_t, ahead * d_stride, ahead * H, ahead * R, ahead * out_t
         scratch, wide_scratch = allocate(4 * 7 * width), allocate(8 * 4 * width)
         rows, wide = numba.carray(scratch, (7, width), np.float32), numba.carray(wide_scratch, (4, width), np.float64)
         # Gradients of the state that the token on the right received, and of what resets return to.
@@ -640,7 +658,6 @@ def backward_kernel_of(code: int, columns: int):
                 before = state_at(states, (row - 1) * H, log_sums, (row - 1) * R, place)
                 d_after = state_at(d_states, up_h, d_log_sums, b * L_b + t * L_t, place)
                 d_out = d_outputs[up + d_start : up + d_stop]
-                fetch_ahead(code, columns, p, d_p, before, d_out, ahead, stride_t, d_stride, H, R, out_t)
                 if paddings and padding_mask[row]:
                     pass_over(code, carry, d_after, d_out, d_p)
                 else:
@@ -650,9 +667,9 @@ def backward_kernel_of(code: int, columns: int):
                         before = state_at(initial_state, b * S, initial_state, b * S + D, place)
                     d_q_row = state_at(d_q, 2 * b * D, d_q, 2 * b * D + D, channels)
                     if code & RWKV:
-                        rwkv_backward_row(p, q, before, d_out, d_after, carry, d_p, d_q_row, rows)
+                        rwkv_backward_row(p, q, before, d_out, d_after, carry, d_p, d_q_row, rows, back)
                     else:
-                        backward_row(code, columns, p, q, before, d_after, carry, d_p, d_q_row, rows)
+                        backward_row(code, columns, p, q, before, d_after, carry, d_p, d_q_row, rows, back)
                 if resets and reset_mask[row]:
                     add(to_reset, carry)
                     clear(carry)
