@@ -36,7 +36,6 @@ from .scan_numba import (
     dense,
     derived,
     exp_nonpositive,
-    fetch_line,
     floats,
     forward_row,
     get_or_insert_function,
@@ -157,10 +156,6 @@ def normalize(kept, x, weight, y, B, H, eps):
 
 
 BYTES = {FLOAT: 4, INT16: 2, INT8: 1}
-# Rows of the weight that are read at once for a single x. From memory they are read fastest with few streams, from a
-# cache with many sums at a time, as each product of a sum waits for the one before.
-FROM_MEMORY, FROM_CACHE = {FLOAT: 1, INT16: 2, INT8: 4}, 8
-IN_CACHE = 24 * 2**20  # bytes of the weights of all layers
 
 
 class Tile:
@@ -187,8 +182,6 @@ class Tile:
         at, *totals = phis
         builder.cbranch(builder.icmp_signed("<", at, stop), body, after)
         builder.position_at_end(body)
-        if lanes > 1 and len(self.w) > 1:
-            self.fetch_next(at)
         w, x = ([self.values(row, at, lanes) for row in rows] for rows in (self.w, self.x))
         products = [builder.fmul(a, b, flags=("contract",)) for a in w for b in x]
         following = [builder.fadd(*pair, flags=("contract",)) for pair in zip(totals, products)]
@@ -219,43 +212,39 @@ class Tile:
             total = self.builder.fadd(*(self.builder.shuffle_vector(total, total, each) for each in indices))
         return self.builder.extract_element(total, INT32(0))
 
-    def fetch_next(self, at):
-        """Into the cache: a part of the rows of w after these, which follow them in memory."""
-        builder, size = self.builder, BYTES[self.w[0].type.pointee]
-        start = builder.mul(builder.add(self.k, at), INT64(len(self.w) * size))
-        start = builder.add(builder.ptrtoint(self.w[0], INT64), start)
-        for line in range(0, len(self.w) * size * LANES, 64):
-            fetch_line(builder, builder.add(start, INT64(line)))
+
+W = 4  # rows of a weight that are read at once
 
 
-def tile_of(W: int | None, R: int):
-    """sums (W, R) = weight[i : i + W] @ x[b : b + R].T, of weight (n, k) and x (B, k), each past its end the last row.
+def tile_of(R: int):
+    """sums (W, R) = weight[i::step][:W] @ x[b : b + R].T, of weight (n, k) and x (B, k), each past its end the last row.
 
-    Of weight and x come the addresses; no W stands for what is best FROM_MEMORY.
+    Of weight and x come the addresses. Rows far apart are fetched from memory as fast as one alone, neighbours at half
+    the speed; and one alone would leave a cache faster than its products can be added, as each waits for the one before.
     """
 
-    def build(builder, kept, weight, i, n, x, b, B, k, sums):
-        def rows(kind, address, first, number, count):
+    def build(builder, kept, weight, i, step, n, x, b, B, k, sums):
+        def rows(kind, address, first, step, number, count):
             start, last = builder.inttoptr(address, kind.as_pointer()), builder.sub(number, INT64(1))
-            for row in (builder.add(first, INT64(c)) for c in range(count)):
+            for row in (builder.add(first, builder.mul(step, INT64(c))) for c in range(count)):
                 row = builder.select(builder.icmp_signed("<", row, last), row, last)
                 yield builder.gep(start, [builder.mul(row, k)])
 
-        w_rows = list(rows(kept.type, weight, i, n, W or FROM_MEMORY[kept.type]))
-        tile = Tile(builder, w_rows, list(rows(FLOAT, x, b, B, R)), k)
+        w_rows = list(rows(kept.type, weight, i, step, n, W))
+        tile = Tile(builder, w_rows, list(rows(FLOAT, x, b, INT64(1), B, R)), k)
         start = builder.inttoptr(sums, FLOAT.as_pointer())
         for c, total in enumerate(tile.sums()):
             builder.store(total, builder.gep(start, [INT64(c)]))
         builder.ret_void()
 
     @intrinsic
-    def tile(typing_context, kept, weight, i, n, x, b, B, k, sums):
-        signature = void(kept, int64, int64, int64, int64, int64, int64, int64, int64)
+    def tile(typing_context, kept, weight, i, step, n, x, b, B, k, sums):
+        signature = void(kept, int64, int64, int64, int64, int64, int64, int64, int64, int64)
 
         def generate(context, builder, signature, arguments):
             # A function of its own: put into each product of a layer, it would take a second to compile.
             kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-            function = get_or_insert_function(builder.module, kind, f"minrnn_tile_{W}_{R}_{arguments[0].type}")
+            function = get_or_insert_function(builder.module, kind, f"minrnn_tile_{R}_{arguments[0].type}")
             if function.is_declaration:
                 function.linkage = "linkonce_odr"
                 function.attributes.add("noinline")
@@ -268,34 +257,34 @@ def tile_of(W: int | None, R: int):
     return tile
 
 
-few_by_one, many_by_one, four_by_two = tile_of(None, 1), tile_of(FROM_CACHE, 1), tile_of(4, 2)
+by_one, by_two = tile_of(1), tile_of(2)
 
 
 @numba.njit(**OPTIONS)
-def product(kept, projection, x, y, B, n, k, sums, at_once):
+def product(kept, projection, x, y, B, n, k, sums):
     """y (B, n) += x (B, k) @ weight (n, k).T * scale (n,) + bias (n,).
 
     projection: the addresses of weight, scale and bias; there is a scale for integers, and need not be a bias.
-    at_once: rows of the weight for a single x.
     """
     weight, x_address, sums_address = projection[0], x.ctypes.data, sums.ctypes.data
     scale, bias, biased = floats(projection[1]), numbers(projection[2], kept), projection[2] != 0
-    W, R = (4, 2) if B > 1 else (at_once, 1)
-    for i in range(0, n, W):
+    R, step = min(B, 2), -(-n // W)
+    for i in range(step):
         for b in range(0, B, R):
             if R == 2:
-                four_by_two(kept, weight, i, n, x_address, b, B, k, sums_address)
-            elif W == FROM_CACHE:
-                many_by_one(kept, weight, i, n, x_address, b, B, k, sums_address)
+                by_two(kept, weight, i, step, n, x_address, b, B, k, sums_address)
             else:
-                few_by_one(kept, weight, i, n, x_address, b, B, k, sums_address)
+                by_one(kept, weight, i, step, n, x_address, b, B, k, sums_address)
             for r in range(min(R, B - b)):
-                for c in range(min(W, n - i)):
-                    total, at = sums[c * R + r], (b + r) * n + i + c
+                for c in range(W):
+                    row = i + c * step
+                    if row >= n:
+                        break
+                    total, at = sums[c * R + r], (b + r) * n + row
                     if is_scaled(kept):
-                        total *= scale[i + c]
+                        total *= scale[row]
                     if biased:
-                        total += loaded(bias[i + c])
+                        total += loaded(bias[row])
                     y[at] = rounded(y[at] + rounded(total, kept), kept)
 
 
@@ -371,7 +360,7 @@ def recur_of(code, columns, layer, projected, read, b_start, B, rows, carries):
     return recur
 
 
-KEPT = {"float32": (np.float32(0), 4), "bfloat16": (np.uint16(0), 2), "int8": (np.int8(0), 1)}  # and its bytes
+KEPT = {"float32": np.float32(0), "bfloat16": np.uint16(0), "int8": np.int8(0)}
 
 
 @functools.cache  # compiled when it is used
@@ -380,7 +369,7 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
 
     dtype: of the weights of projections.
     """
-    kept, size = KEPT[dtype]
+    kept = KEPT[dtype]
 
     @compile_kernel(int64, voidptr, numba.float64, voidptr)
     def layers_kernel(number_of_layers, table, eps, x, b_start, b_stop, d_start, d_stop):
@@ -389,8 +378,6 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
             layer = table[i * FIELDS : (i + 1) * FIELDS]
             H, D, P, K, M, activation = layer[0], layer[1], layer[3], layer[4], layer[5], layer[6]
             W = max(K - 1, 0) * H
-            in_cache = number_of_layers * H * (P + D + 2 * M) * size < IN_CACHE
-            at_once = FROM_CACHE if in_cache else 4 // size
             out = floats(x)[b_start * H :]
             scratch, wide_scratch = allocate(4 * (8 + 6 * D + B * (H + P + D + max(M, D)))), allocate(8 * 3 * D)
             rows, carries = numba.carray(scratch, (6, D), np.float32), numba.carray(wide_scratch, (3, D), np.float64)
@@ -406,22 +393,22 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
                 convolve(kept, out, window, numbers(layer[CONV], kept), out_window, B, H, K)
             normalize(kept, out, numbers(layer[RNN_NORM], kept), normed, B, H, eps)
             clear((projected[: B * P], inner[: B * max(M, D)]))
-            product(kept, layer[IN_PROJ:], normed, projected, B, P, H, sums, at_once)
+            product(kept, layer[IN_PROJ:], normed, projected, B, P, H, sums)
             recur(code, columns, layer, projected, read, b_start, B, rows, carries)
             for j in range(B * D):
                 read[j] = rounded(read[j], kept)
             if layer[GATE_PROJ]:
-                product(kept, layer[GATE_PROJ:], normed, inner, B, D, H, sums, at_once)
+                product(kept, layer[GATE_PROJ:], normed, inner, B, D, H, sums)
                 for j in range(B * D):
                     read[j] = rounded(read[j] * rounded(inner[j] * sigmoids(inner[j])[0], kept), kept)
                     inner[j] = 0.0
-            product(kept, layer[OUT_PROJ:], read, out, B, H, D, sums, at_once)
+            product(kept, layer[OUT_PROJ:], read, out, B, H, D, sums)
             if M > 0:
                 normalize(kept, out, numbers(layer[MLP_NORM], kept), normed, B, H, eps)
-                product(kept, layer[UP_PROJ:], normed, inner, B, M, H, sums, at_once)
+                product(kept, layer[UP_PROJ:], normed, inner, B, M, H, sums)
                 for j in range(B * M):
                     inner[j] = rounded(activated(activation, inner[j]), kept)
-                product(kept, layer[DOWN_PROJ:], inner, out, B, H, M, sums, at_once)
+                product(kept, layer[DOWN_PROJ:], inner, out, B, H, M, sums)
             release(scratch)
             release(wide_scratch)
 
