@@ -12,6 +12,8 @@ import array
 import functools
 import itertools
 import math
+import operator
+import weakref
 
 import torch
 from torch import Tensor, nn
@@ -217,10 +219,10 @@ W = 4  # rows of a weight that are read at once
 
 
 def tile_of(R: int):
-    """sums (W, R) = weight[i::step][:W] @ x[b : b + R].T, of weight (n, k) and x (B, k), each past its end the last row.
+    """sums (W, R) = weight[i::step][:W] @ x[b : b + R].T, of weight (n, k) and x (B, k), past their ends the last row.
 
-    Of weight and x come the addresses. Rows far apart are fetched from memory as fast as one alone, neighbours at half
-    the speed; and one alone would leave a cache faster than its products can be added, as each waits for the one before.
+    Of weight and x come the addresses. From memory rows far apart come as fast as one alone, neighbours at half the
+    speed. From a cache one alone would come faster than its products add up, as each waits for the one before.
     """
 
     def build(builder, kept, weight, i, step, n, x, b, B, k, sums):
@@ -261,24 +263,24 @@ by_one, by_two = tile_of(1), tile_of(2)
 
 
 @numba.njit(**OPTIONS)
-def product(kept, projection, x, y, B, n, k, sums):
-    """y (B, n) += x (B, k) @ weight (n, k).T * scale (n,) + bias (n,).
+def product(kept, projection, x, y, B, start, stop, n, k, sums):
+    """y (B, n) += x (B, k) @ weight (n, k).T * scale (n,) + bias (n,), its columns from start to stop.
 
     projection: the addresses of weight, scale and bias; there is a scale for integers, and need not be a bias.
     """
     weight, x_address, sums_address = projection[0], x.ctypes.data, sums.ctypes.data
     scale, bias, biased = floats(projection[1]), numbers(projection[2], kept), projection[2] != 0
-    R, step = min(B, 2), -(-n // W)
-    for i in range(step):
+    R, step = min(B, 2), -((start - stop) // W)
+    for i in range(start, start + step):
         for b in range(0, B, R):
             if R == 2:
-                by_two(kept, weight, i, step, n, x_address, b, B, k, sums_address)
+                by_two(kept, weight, i, step, stop, x_address, b, B, k, sums_address)
             else:
-                by_one(kept, weight, i, step, n, x_address, b, B, k, sums_address)
+                by_one(kept, weight, i, step, stop, x_address, b, B, k, sums_address)
             for r in range(min(R, B - b)):
                 for c in range(W):
                     row = i + c * step
-                    if row >= n:
+                    if row >= stop:
                         break
                     total, at = sums[c * R + r], (b + r) * n + row
                     if is_scaled(kept):
@@ -367,13 +369,18 @@ KEPT = {"float32": np.float32(0), "bfloat16": np.uint16(0), "int8": np.int8(0)}
 def layers_kernel_of(code: int, columns: int, dtype: str):
     """The kernel of layers of a cell with so many blocks of `projected`, in place of x (B, H).
 
-    dtype: of the weights of projections.
+    dtype: of the weights of projections. embeddings: the address of those of ids (B,), which x is to begin with, or 0.
     """
     kept = KEPT[dtype]
 
-    @compile_kernel(int64, voidptr, numba.float64, voidptr)
-    def layers_kernel(number_of_layers, table, eps, x, b_start, b_stop, d_start, d_stop):
+    @compile_kernel(int64, voidptr, numba.float64, voidptr, voidptr, int64)
+    def layers_kernel(number_of_layers, table, eps, x, ids, embeddings, b_start, b_stop, d_start, d_stop):
         table, B = numba.carray(table, ANY_LENGTH, np.int64), b_stop - b_start
+        if embeddings:
+            H, ids, weight = table[0], numba.carray(ids, b_stop, np.int64), numbers(embeddings, kept)
+            for b in range(b_start, b_stop):
+                for j in range(H):
+                    floats(x)[b * H + j] = loaded(weight[ids[b] * H + j])
         for i in range(number_of_layers):
             layer = table[i * FIELDS : (i + 1) * FIELDS]
             H, D, P, K, M, activation = layer[0], layer[1], layer[3], layer[4], layer[5], layer[6]
@@ -393,110 +400,271 @@ def layers_kernel_of(code: int, columns: int, dtype: str):
                 convolve(kept, out, window, numbers(layer[CONV], kept), out_window, B, H, K)
             normalize(kept, out, numbers(layer[RNN_NORM], kept), normed, B, H, eps)
             clear((projected[: B * P], inner[: B * max(M, D)]))
-            product(kept, layer[IN_PROJ:], normed, projected, B, P, H, sums)
+            product(kept, layer[IN_PROJ:], normed, projected, B, 0, P, P, H, sums)
             recur(code, columns, layer, projected, read, b_start, B, rows, carries)
             for j in range(B * D):
                 read[j] = rounded(read[j], kept)
             if layer[GATE_PROJ]:
-                product(kept, layer[GATE_PROJ:], normed, inner, B, D, H, sums)
+                product(kept, layer[GATE_PROJ:], normed, inner, B, 0, D, D, H, sums)
                 for j in range(B * D):
                     read[j] = rounded(read[j] * rounded(inner[j] * sigmoids(inner[j])[0], kept), kept)
                     inner[j] = 0.0
-            product(kept, layer[OUT_PROJ:], read, out, B, H, D, sums)
+            product(kept, layer[OUT_PROJ:], read, out, B, 0, H, H, D, sums)
             if M > 0:
                 normalize(kept, out, numbers(layer[MLP_NORM], kept), normed, B, H, eps)
-                product(kept, layer[UP_PROJ:], normed, inner, B, M, H, sums)
+                product(kept, layer[UP_PROJ:], normed, inner, B, 0, M, M, H, sums)
                 for j in range(B * M):
                     inner[j] = rounded(activated(activation, inner[j]), kept)
-                product(kept, layer[DOWN_PROJ:], inner, out, B, H, M, sums)
+                product(kept, layer[DOWN_PROJ:], inner, out, B, 0, H, H, M, sums)
             release(scratch)
             release(wide_scratch)
 
     return layers_kernel
 
 
-class _NotStock(Exception):
-    """A part of a layer is not as it was made."""
+@functools.cache
+def head_kernel_of(dtype: str):
+    """The kernel of the last norm and of logits (B, V), of x (B, H).
 
-
-def decode_layers(layers, hidden_states: Tensor, cache_layers) -> Tensor | None:
-    """What the layers make of one token a row, (B, 1, H), without masks and gradients; their states move on.
-
-    None, and nothing has changed, where the kernel would not compute what the modules of all layers do: for a cell
-    without gates in `scan_numba`, where a module is not the stock one or has hooks, and for weights that are neither
-    dense and of the dtype of hidden_states, float32 or bfloat16, nor torchao's eight-bit integers with a scale a row.
+    head: H, V, the addresses of the weight of the norm, and of that of the head, its scale and bias.
     """
-    try:
-        told = [_told(layer, cache_layer.read(), hidden_states) for layer, cache_layer in zip(layers, cache_layers)]
-    except _NotStock:
+    kept = KEPT[dtype]
+
+    @compile_kernel(voidptr, numba.float64, voidptr, voidptr)
+    def head_kernel(head, eps, x, logits, b_start, b_stop, d_start, d_stop):
+        head, B = numba.carray(head, 6, np.int64), b_stop - b_start
+        H, V, norm = head[0], head[1], numbers(head[2], kept)
+        scratch = allocate(4 * (8 + B * H))
+        sums, out = floats(scratch), floats(logits)[b_start * V :]
+        normed = sums[8:]
+        normalize(kept, floats(x)[b_start * H :], norm, normed, B, H, eps)
+        for b in range(B):
+            clear((out[b * V + d_start : b * V + d_stop],))
+        product(kept, head[3:], normed, out, B, d_start, d_stop, V, H, sums)
+        release(scratch)
+
+    return head_kernel
+
+
+class _NotStock(Exception):
+    """A part of a model is not as it was made."""
+
+
+_dtype_and_shape = operator.attrgetter("dtype", "shape")
+
+
+class _Told:
+    """What the kernels are told of a model, and whether it still holds.
+
+    Parts are read from the dictionaries behind attributes, which nn.Module looks up at five times the price.
+    """
+
+    def __init__(self, model, num_layers: int, head: nn.Module | None, like: Tensor | None) -> None:
+        """Raises _NotStock where kernels would not compute what the modules do, without a head with hidden states like
+        these."""
+        self.modules, self.hooks, self.values, self.tensors = [], [], [], []  # the model is not among them: it may go
+        own, self.head = vars(model), head
+        if head is not None:
+            self.child(own, "dropout", nn.Dropout)
+            of_embedding = self.child(own, "embed_tokens", nn.Embedding)
+            like = of_embedding["_parameters"]["weight"]
+        self.H, self.dtype = H, dtype = like.shape[-1], like.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise _NotStock
+        if head is not None:
+            if self.value(of_embedding, "max_norm") is not None:
+                raise _NotStock
+            self.size = self.value(of_embedding, "num_embeddings")
+            self.embeddings = self.address(of_embedding["_parameters"], "weight", (self.size, H), dtype)
+            norm, self.eps = self.norm(own, "norm", H, dtype)
+            V = self.value(self.module(head, nn.Linear), "out_features")
+            projection = self.linear(head, V, H, dtype)
+            self.of_head, self.kept_in_head = array.array("q", [H, V, norm, *projection]), _kept(projection, dtype)
+        layers = vars(self.value(own["_modules"], "layers"))["_modules"]
+        parts = [self.layer(self.value(layers, str(i)), H, dtype) for i in range(num_layers)]
+        self.kernels, tables, self.recurrences = zip(*parts)
+        self.table = array.array("q", itertools.chain(*tables))
+        self.kinds = [*map(type, self.modules)]
+        self.owners, self.names, self.held = zip(*self.values)
+        self.homes, self.of_homes = zip(*self.tensors)
+        self.read = self.read_tensors()
+
+    def holds(self, head: nn.Module | None) -> bool:
+        return (
+            head is self.head
+            and all(map(operator.is_, map(dict.get, self.owners, self.names), self.held))
+            and not any(self.hooks)
+            and [*map(type, self.modules)] == self.kinds
+            and self.read_tensors() == self.read
+        )
+
+    def read_tensors(self) -> list[list]:
+        tensors = [*map(dict.get, self.homes, self.of_homes)]
+        return [[*map(read, tensors)] for read in (type, _dtype_and_shape, Tensor.data_ptr, Tensor.is_contiguous)]
+
+    def value(self, owner: dict, name: str):
+        self.values.append((owner, name, owner.get(name)))
+        return owner.get(name)
+
+    def module(self, module, kind) -> dict:
+        """What is behind its attributes, if it is of no other class and computes what the class says."""
+        if type(module) is not kind:
+            raise _NotStock
+        own = vars(module)
+        hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
+        if any(hooks) or self.value(own, "forward") is not None:
+            raise _NotStock
+        self.modules.append(module)
+        self.hooks += hooks
+        return own
+
+    def child(self, own: dict, name: str, kind) -> dict:
+        return self.module(self.value(own["_modules"], name), kind)
+
+    def address(self, owner: dict, name: str, shape: tuple[int, ...], dtype=torch.float32, kind=nn.Parameter) -> int:
+        tensor = owner.get(name)
+        if type(tensor) is not kind or not _is_dense(tensor, shape, dtype):
+            raise _NotStock
+        self.tensors.append((owner, name))
+        return tensor.data_ptr()
+
+    def norm(self, own: dict, name: str, H: int, dtype) -> tuple[int, float]:
+        of_norm = self.child(own, name, MinRNNRMSNorm)
+        eps = self.value(of_norm, "eps")
+        if eps is None:
+            raise _NotStock
+        return self.address(of_norm["_parameters"], "weight", (H,), dtype), eps
+
+    def linear(self, module, n: int, k: int, dtype) -> tuple[int, int, int]:
+        """The addresses of weight (n, k), of its scale and of the bias, 0 for what there is not."""
+        parameters = self.module(module, nn.Linear)["_parameters"]
+        has_bias = self.value(parameters, "bias") is not None
+        bias = self.address(parameters, "bias", (n,), dtype) if has_bias else 0
+        if type(parameters.get("weight")).__name__ != "Int8Tensor":
+            return self.address(parameters, "weight", (n, k), dtype), 0, bias
+        own = vars(self.value(parameters, "weight"))
+        of_activations = [self.value(own, name) is not None for name in ("act_quant_kwargs", "act_pre_scale")]
+        if any(of_activations) or dtype is not torch.float32:
+            raise _NotStock
+        return (
+            self.address(own, "qdata", (n, k), torch.int8, Tensor),
+            self.address(own, "scale", (n, 1), kind=Tensor),
+            bias,
+        )
+
+    def layer(self, layer, H: int, dtype) -> tuple:
+        """What `layers_kernel_of` is given, and eps; what the kernel is told, but of states; the recurrence."""
+        own, nothing = self.module(layer, MinRNNDecoderLayer), (0, 0, 0)
+        of_rnn, K = self.child(own, "rnn", MinRNNRecurrence), self.value(own, "window_size") + 1
+        D, parts = self.value(of_rnn, "state_size"), of_rnn["_modules"]
+        code, blocks, E = _of_cell(self.value(of_rnn, "cell"), D)
+        P, gate_proj, conv, mlp = sum(blocks), self.value(parts, "gate_proj"), 0, (0, 0, 0, nothing, nothing)
+        if self.value(own, "has_conv"):
+            conv = self.address(self.child(own, "conv", MinRNNCausalConv)["_parameters"], "weight", (H, K), dtype)
+        rnn_norm, eps = self.norm(own, "rnn_norm", H, dtype)
+        if self.value(own, "has_mlp"):
+            mlp = self.mlp(own, H, dtype, eps)
+        M, activation, mlp_norm, up_proj, down_proj = mlp
+        in_proj = self.linear(self.value(parts, "in_proj"), P, H, dtype)
+        gate_proj = nothing if gate_proj is None else self.linear(gate_proj, D, H, dtype)
+        out_proj = self.linear(self.value(parts, "out_proj"), H, D, dtype)
+        projections, kept = (in_proj, gate_proj, out_proj, up_proj, down_proj), _kept(in_proj, dtype)
+        if code < 0 or any(_kept(each, dtype) != kept for each in projections if each != nothing):
+            raise _NotStock
+        sizes, states = (H, D, E, P, K if conv else 0, M, activation), [0] * (CONV - WINDOW)
+        told = [*sizes, *states, conv, rnn_norm, mlp_norm, *itertools.chain(*projections)]
+        return ((code, len(blocks), kept), eps), told, own["_modules"]["rnn"]
+
+    def mlp(self, own: dict, H: int, dtype, eps: float) -> tuple:
+        """The width, the activation, and what of its weights is where."""
+        norm, its_eps = self.norm(own, "mlp_norm", H, dtype)
+        parts = self.child(own, "mlp", MinRNNMLP)["_modules"]
+        up_proj, down_proj, act_fn = (self.value(parts, name) for name in ("up_proj", "down_proj", "act_fn"))
+        activation, M = ACTIVATIONS.get(type(act_fn), -1), getattr(up_proj, "out_features", 0)
+        self.module(act_fn, type(act_fn))
+        if activation < 0 or its_eps != eps:
+            raise _NotStock
+        return M, activation, norm, self.linear(up_proj, M, H, dtype), self.linear(down_proj, H, M, dtype)
+
+
+_TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _told(model, num_layers: int, head: nn.Module | None, like: Tensor | None = None) -> _Told | None:
+    """None where a part is not stock."""
+    known, key = _TOLD.setdefault(model, {}), (num_layers, None if like is None else like.dtype)
+    if key not in known or not known[key].holds(head):
+        known.pop(key, None)
+        try:
+            known[key] = _Told(model, num_layers, head, like)
+        except _NotStock:
+            return None
+    return known[key]
+
+
+def decode_layers(model, num_layers: int, hidden_states: Tensor, cache_layers) -> Tensor | None:
+    """What the first layers of a model make of one token a row, (B, 1, H), without masks and gradients; their states
+    move on.
+
+    None, and nothing has changed, where kernels would not compute what the modules do: for a cell without gates in
+    `scan_numba`, where a module is not the stock one or has hooks, and for weights that are neither dense and of the
+    dtype of hidden_states, float32 or bfloat16, nor torchao's eight-bit integers with a scale a row.
+    """
+    told = _told(model, num_layers, None, hidden_states)
+    if told is None:
         return None
     out = hidden_states.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    for (kernel, eps), group in itertools.groupby(told, lambda each: each[:2]):
-        numbers = [each[2] for each in group]
-        table = array.array("q", itertools.chain(*numbers))
-        run(layers_kernel_of(*kernel), (len(numbers), table.buffer_info()[0], eps, out), len(out), 1)
-    for cache_layer, (_, _, _, left, _) in zip(cache_layers, told):
-        cache_layer.update(*left)
+    _run_layers(told, cache_layers, out)
     return out.to(hidden_states.dtype)
 
 
-def _told(layer, carried: LayerState, hidden_states: Tensor) -> tuple:
-    """What `layers_kernel_of` is given and eps; what the kernel is told; what it leaves for the cache; what it reads.
+def decode_tokens(model, num_layers: int, ids: Tensor, cache_layers, head: nn.Module) -> Tensor | None:
+    """The logits (B, 1, V) after one token a row, ids (B, 1), embedding and head by kernels too; or None.
 
-    Raises _NotStock.
+    Each operation of torch that this path does without saves more than its own time: weights that are larger than a
+    cache leave nothing of its code there, and it is read from memory at every token.
     """
-    (B, _, H), dtype = hidden_states.shape, hidden_states.dtype
-    # By the dictionaries behind the attributes, which nn.Module looks up at five times the price.
-    parts = _stock(layer, MinRNNDecoderLayer)._modules
-    rnn, mlp, K = _stock(parts["rnn"], MinRNNRecurrence), parts.get("mlp"), layer.window_size + 1
-    (code, blocks, E), D, of_rnn = _of_cell(rnn.cell, rnn.state_size), rnn.state_size, rnn._modules
-    (rnn_norm, eps), nothing = _norm(parts["rnn_norm"], H, dtype), (0, 0, 0)
-    conv, mlp_norm, up_proj, down_proj, activation, M = 0, 0, nothing, nothing, 0, 0
-    if code < 0 or eps is None:
-        raise _NotStock
-    if "conv" in parts:
-        conv = _address(_stock(parts["conv"], MinRNNCausalConv)._parameters["weight"], (H, K), dtype)
-    if mlp is not None:
-        of_mlp = _stock(mlp, MinRNNMLP)._modules
-        activation = ACTIVATIONS.get(type(_stock(of_mlp["act_fn"])), -1)
-        mlp_norm, its_eps = _norm(parts["mlp_norm"], H, dtype)
-        if activation < 0 or its_eps != eps:
-            raise _NotStock
-        M = getattr(of_mlp["up_proj"], "out_features", 0)
-        up_proj, down_proj = _linear(of_mlp["up_proj"], M, H, dtype), _linear(of_mlp["down_proj"], H, M, dtype)
-    P, gate_proj = sum(blocks), of_rnn.get("gate_proj")
-    projections = [
-        _linear(of_rnn["in_proj"], P, H, dtype),
-        nothing if gate_proj is None else _linear(gate_proj, D, H, dtype),
-        _linear(of_rnn["out_proj"], H, D, dtype),
-        up_proj,
-        down_proj,
-    ]
-    is_int8 = projections[0][1] != 0
-    if any((scale != 0) != is_int8 for weight, scale, _ in projections if weight):
-        raise _NotStock
-    state, window = _kept(carried, (B, D + E), (B, K - 1, H), dtype)
-    if state is None or window is None:
-        state = dense(carried.state_or(rnn.start(hidden_states).expand(B, -1)))
-        window = carried.window_or(hidden_states.new_zeros(B, K - 1, H)).detach().to(dtype).contiguous()
+    told, rows = _told(model, num_layers, head), ids.tolist()
+    if told is None or not rows or ids.dtype is not torch.int64 or not ids.is_contiguous():
+        return None
+    if not 0 <= min(rows)[0] <= max(rows)[0] < told.size:
+        return None
+    out = torch.empty(len(rows), 1, told.H, dtype=torch.float32)
+    _run_layers(told, cache_layers, out, ids, told.embeddings)
+    V = told.of_head[1]
+    logits = torch.empty(len(rows), 1, V, dtype=torch.float32)
+    run(head_kernel_of(told.kept_in_head), (told.of_head.buffer_info()[0], told.eps, out, logits), len(rows), V)
+    return logits.to(told.dtype)
+
+
+def _run_layers(told: _Told, cache_layers, out: Tensor, ids: Tensor | int = 0, embeddings: int = 0) -> None:
+    like = out if told.dtype is torch.float32 else out.to(told.dtype)
+    table, carried = told.table[:], []
+    for start, rnn, cache_layer in zip(range(0, len(table), FIELDS), told.recurrences, cache_layers):
+        carried.append(_carried(rnn, cache_layer.read(), table[start : start + WINDOW], like))
+        addresses = array.array("q", [tensor.data_ptr() for tensor in carried[-1]])
+        table[start + WINDOW : start + CONV] = addresses
+    first = table.buffer_info()[0]
+    for (kernel, eps), group in itertools.groupby(told.kernels):
+        count = len([*group])
+        run(layers_kernel_of(*kernel), (count, first, eps, out, ids, embeddings), len(out), 1)
+        first, embeddings = first + 8 * FIELDS * count, 0
+    for cache_layer, (_, _, window, state, _) in zip(cache_layers, carried):
+        cache_layer.update(state, window, [(state, window)] if cache_layer.record_past else [])
+
+
+def _carried(rnn, carried: LayerState, sizes, like: Tensor) -> tuple[Tensor, ...]:
+    """Window and state that the kernel reads, those that it writes, and the parameters of the cell."""
+    (B, _, _), (H, D, E, P, K, *_) = like.shape, sizes
+    state, window = carried.state, carried.window
+    goes_on = type(carried.seen) is int and carried.seen > 0 and state is not None and window is not None
+    if not (goes_on and _is_dense(state, (B, D + E)) and _is_dense(window, (B, max(K - 1, 0), H), like.dtype)):
+        state = dense(carried.state_or(rnn.start(like).expand(B, -1)))
+        window = carried.window_or(like.new_zeros(B, max(K - 1, 0), H)).detach().to(like.dtype).contiguous()
     q = state  # not read
     if rnn.cell.parameter_names:
-        q = dense(derived(rnn.cell, rnn.parameters_of_cell(hidden_states.new_empty(0, P))))
-    left = torch.empty_like(state), torch.empty_like(window)
-    addresses = [tensor.data_ptr() for tensor in (window, state, left[1], left[0], q)]
-    sizes = H, D, E, P, K if conv else 0, M, activation
-    told = [*sizes, *addresses, conv, rnn_norm, mlp_norm, *itertools.chain(*projections)]
-    kernel = code, len(blocks), "int8" if is_int8 else str(dtype).removeprefix("torch.")
-    return kernel, eps, told, (*left, [left] if carried.record_past else []), (state, window, q)
-
-
-def _kept(carried: LayerState, of_state: tuple[int, ...], of_window: tuple[int, ...], dtype) -> tuple:
-    """State and window where the kernel may read them as they are, which as a rule it may; or (None, None)."""
-    state, window, seen = carried.state, carried.window, carried.seen
-    goes_on = type(seen) is int and seen > 0 and state is not None and window is not None
-    if goes_on and _is_dense(state, of_state) and _is_dense(window, of_window, dtype):
-        return state, window
-    return None, None
+        q = dense(derived(rnn.cell, rnn.parameters_of_cell(like.new_empty(0, P))))
+    return window, state, torch.empty_like(window), torch.empty_like(state), q
 
 
 @functools.cache
@@ -505,36 +673,10 @@ def _of_cell(cell, D: int) -> tuple[int, tuple[int, ...], int]:
     return MATRICES.get(cell.name, code_of(cell)), cell.blocks(D), cell.state_numbers(D) - D
 
 
-def _stock(module, kind=None):
-    """The module, if it is of no other class and computes what the class says."""
-    own = module.__dict__
-    if (kind and type(module) is not kind) or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-        raise _NotStock
-    return module
+def _kept(projection: tuple[int, int, int], dtype) -> str:
+    """A key of KEPT: an address of scales says that weights are integers."""
+    return "int8" if projection[1] else str(dtype).removeprefix("torch.")
 
 
 def _is_dense(tensor, shape: tuple[int, ...], dtype=torch.float32) -> bool:
     return tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.is_cpu
-
-
-def _address(tensor, shape: tuple[int, ...], dtype=torch.float32, kind=nn.Parameter) -> int:
-    if type(tensor) is not kind or not _is_dense(tensor, shape, dtype):
-        raise _NotStock
-    return tensor.data_ptr()
-
-
-def _norm(module, H: int, dtype) -> tuple[int, float | None]:
-    return _address(_stock(module, MinRNNRMSNorm)._parameters["weight"], (H,), dtype), module.eps
-
-
-def _linear(module, n: int, k: int, dtype) -> tuple[int, int, int]:
-    """The addresses of weight (n, k), of its scale and of the bias, 0 for what there is not."""
-    parameters = _stock(module, nn.Linear)._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    of_bias = 0 if bias is None else _address(bias, (n,), dtype)
-    if type(weight).__name__ != "Int8Tensor":
-        return _address(weight, (n, k), dtype), 0, of_bias
-    of_activations = weight.act_quant_kwargs is not None or weight.act_pre_scale is not None
-    if of_activations or dtype is not torch.float32:
-        raise _NotStock
-    return _address(weight.qdata, (n, k), torch.int8, Tensor), _address(weight.scale, (n, 1), kind=Tensor), of_bias

@@ -6,6 +6,7 @@ way with T = 1, and with the state from the cache as the initial state.
 """
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -440,7 +441,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         reverse_masks = masks.reversed(self.config.conv_kernel_size) if self.config.bidirectional else None
         if T == 1 and past_key_values is not None and masks.padding is None and masks.reset is None and group is None:
             decode_layers = self._decoder(hidden_states)
-            decoded = None if decode_layers is None else decode_layers(layers, hidden_states, past_key_values.layers)
+            decoded = decode_layers and decode_layers(self, len(layers), hidden_states, past_key_values.layers)
             if decoded is not None:
                 return decoded
         for i, layer in enumerate(layers):
@@ -451,43 +452,39 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 cache_layer.update(*left, num_tokens=num_tokens)
         return hidden_states
 
-    def decode(self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: DynamicCache) -> Tensor | None:
-        """The last_hidden_state of one more token a row, without looking for what only other calls come with.
+    def decode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, past_key_values: DynamicCache, head: nn.Module
+    ) -> Tensor | None:
+        """What a head makes of one more token a row, without looking for what only other calls come with.
 
         None, and nothing has changed, where `forward` has to compute it.
         """
-        own, cache_layers = self.__dict__, past_key_values.layers
+        own, config, cache_layers = vars(self), vars(self.config), past_key_values.layers
+        layers = own["_modules"]["layers"]
         if (
-            torch.compiler.is_compiling()
-            or self.training
-            or type(self) is not MinRNNModel
+            type(self) is not MinRNNModel
             or own["_forward_hooks"]
             or own["_forward_pre_hooks"]
             or "forward" in own
-            or len(self.layers) != len(cache_layers)
-            or not all(isinstance(layer, MinRNNDynamicLayer) for layer in cache_layers)
-            or self.config.output_hidden_states
-            or self.config.num_hidden_layers != len(cache_layers)
-            or self.config.bidirectional
+            or not len(layers) == len(cache_layers) == config["num_hidden_layers"]
+            or {*map(type, cache_layers)} != {MinRNNDynamicLayer}
+            or config["output_hidden_states"]
+            or config["bidirectional"]
+            or (attention_mask is not None and not _ends_in_ones(attention_mask, len(input_ids)))
         ):
             return None
-        hidden_states = self.dropout(self._embed(input_ids))
-        decode_layers = self._decoder(hidden_states)
-        if decode_layers is None or padding_mask_of(attention_mask, len(input_ids), 1) is not None:
-            return None
-        decoded = decode_layers(self.layers, hidden_states, cache_layers)
-        return None if decoded is None else self.norm(decoded)
+        decode_tokens = self._decoder(input_ids)
+        return decode_tokens and decode_tokens(self, len(layers), input_ids, cache_layers, head)
 
-    def _decoder(self, hidden_states: Tensor) -> Callable | None:
-        """`decode_layers` where a kernel may stand for the layers: no compiling, tracing or differentiating."""
+    def _decoder(self, given: Tensor) -> Callable | None:
+        """`decode_layers` for hidden states, `decode_tokens` for ids, where a kernel may stand for the layers: no
+        compiling, tracing or differentiating."""
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or self.training
-            or self.config.scan_backend not in ("auto", "numba")
-            or type(hidden_states) is not Tensor
-            or hidden_states.dtype not in (torch.float32, torch.bfloat16)
-            or resolve_backend(self.config.scan_backend, hidden_states.device.type, hidden_states.dtype) != "numba"
+            or type(given) is not Tensor
+            or not given.is_cpu
             or torch.is_autocast_enabled("cpu")
             or torch._C._get_tracing_state() is not None
             or torch._C._len_torch_dispatch_stack() > 0
@@ -495,9 +492,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             or torch.nn.modules.module._has_any_global_hook()
         ):
             return None
-        from .decode_numba import decode_layers
-
-        return decode_layers
+        return _decoder_of(vars(self.config)["scan_backend"], given.is_floating_point())
 
     def _check_state(self, use_cache, past_key_values, context_parallel_group, num_layers) -> None:
         """Raise ValueError for a state, or processes, that this model cannot continue with."""
@@ -540,6 +535,19 @@ class MinRNNModel(MinRNNPreTrainedModel):
             wrong = smallest if smallest < 0 else largest
             vocabulary = f"0..{self.config.vocab_size - 1}"
             raise ValueError(f"token id {wrong} is not in the vocabulary: ids must be in {vocabulary}") from None
+
+
+@functools.cache
+def _decoder_of(backend: str, of_hidden_states: bool) -> Callable | None:
+    if backend not in ("auto", "numba") or resolve_backend(backend, "cpu", torch.float32) != "numba":
+        return None
+    from .decode_numba import decode_layers, decode_tokens
+
+    return decode_layers if of_hidden_states else decode_tokens
+
+
+def _ends_in_ones(attention_mask: Tensor, B: int) -> bool:
+    return attention_mask.dim() == 2 and len(attention_mask) == B and 0 not in attention_mask.select(1, -1).tolist()
 
 
 def _refuse_unknown_arguments(arguments: dict) -> None:
@@ -735,19 +743,12 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
         The other arguments are those of MinRNNModel.
         """
-        decoded = None
-        if (
-            use_cache
-            and type(past_key_values) is DynamicCache
-            and input_ids is not None
-            and input_ids.shape[1:] == (1,)
-        ):
+        if use_cache and type(past_key_values) is DynamicCache and getattr(input_ids, "shape", ())[1:] == (1,):
             others = (position_ids, inputs_embeds, labels, *kwargs.values())
-            if all(value is None for value in others):
-                decoded = self.model.decode(input_ids, attention_mask, past_key_values)
-        if decoded is not None:
-            logits = self.lm_head(slice_logits_to_keep(decoded, logits_to_keep))
-            return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            if type(logits_to_keep) is int and all(value is None for value in others):
+                logits = self.model.decode(input_ids, attention_mask, past_key_values, self.lm_head)
+                if logits is not None:
+                    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
