@@ -14,6 +14,8 @@ import itertools
 import math
 import operator
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -450,7 +452,9 @@ class _NotStock(Exception):
     """A part of a model is not as it was made."""
 
 
-_dtype_and_shape = operator.attrgetter("dtype", "shape")
+_READ: tuple[Callable, ...] = (
+    type, operator.attrgetter("dtype", "shape"), Tensor.data_ptr, Tensor.is_contiguous
+)  # fmt: skip
 
 
 class _Told:
@@ -462,12 +466,16 @@ class _Told:
     def __init__(self, model, num_layers: int, head: nn.Module | None, like: Tensor | None) -> None:
         """Raises _NotStock where kernels would not compute what the modules do, without a head with hidden states like
         these."""
-        self.modules, self.hooks, self.values, self.tensors = [], [], [], []  # the model is not among them: it may go
+        self.modules: list[nn.Module] = []  # without the model, which may go
+        self.hooks: list[dict] = []
+        self.values: list[tuple[dict, str, Any]] = []
+        self.tensors: list[tuple[dict, str]] = []
         own, self.head = vars(model), head
         if head is not None:
             self.child(own, "dropout", nn.Dropout)
             of_embedding = self.child(own, "embed_tokens", nn.Embedding)
             like = of_embedding["_parameters"]["weight"]
+        assert like is not None
         self.H, self.dtype = H, dtype = like.shape[-1], like.dtype
         if dtype not in (torch.float32, torch.bfloat16):
             raise _NotStock
@@ -500,7 +508,7 @@ class _Told:
 
     def read_tensors(self) -> list[list]:
         tensors = [*map(dict.get, self.homes, self.of_homes)]
-        return [[*map(read, tensors)] for read in (type, _dtype_and_shape, Tensor.data_ptr, Tensor.is_contiguous)]
+        return [[*map(read, tensors)] for read in _READ]
 
     def value(self, owner: dict, name: str):
         self.values.append((owner, name, owner.get(name)))
@@ -522,7 +530,7 @@ class _Told:
         return self.module(self.value(own["_modules"], name), kind)
 
     def address(self, owner: dict, name: str, shape: tuple[int, ...], dtype=torch.float32, kind=nn.Parameter) -> int:
-        tensor = owner.get(name)
+        tensor: Any = owner.get(name)
         if type(tensor) is not kind or not _is_dense(tensor, shape, dtype):
             raise _NotStock
         self.tensors.append((owner, name))
@@ -656,7 +664,8 @@ def _run_layers(told: _Told, cache_layers, out: Tensor, ids: Tensor | int = 0, e
 def _carried(rnn, carried: LayerState, sizes, like: Tensor) -> tuple[Tensor, ...]:
     """Window and state that the kernel reads, those that it writes, and the parameters of the cell."""
     (B, _, _), (H, D, E, P, K, *_) = like.shape, sizes
-    state, window = carried.state, carried.window
+    state: Any = carried.state
+    window: Any = carried.window
     goes_on = type(carried.seen) is int and carried.seen > 0 and state is not None and window is not None
     if not (goes_on and _is_dense(state, (B, D + E)) and _is_dense(window, (B, max(K - 1, 0), H), like.dtype)):
         state = dense(carried.state_or(rnn.start(like).expand(B, -1)))

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -140,22 +142,49 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch_to_the_last_bit(width,
     assert decoded
 
 
-def test_a_changed_weight_is_seen(decoded):
-    model, ids = small_model(), random_ids(1, 7)
-    two_steps(model, ids)
-    other = small_model(seed=1)
-    for change in (
+def prune(mlp):
+    """To other shapes at the same addresses."""
+    mlp.up_proj.weight.data, mlp.down_proj.weight.data = mlp.up_proj.weight.data[:9], mlp.down_proj.weight.data[:, :9]
+
+
+def test_a_changed_part_is_seen(decoded):
+    model, ids, other = small_model(expansion_factor=1), random_ids(1, 7), small_model(expansion_factor=1, seed=1)
+    layers = model.model.layers
+    by_kernels = [
         lambda: model.load_state_dict(other.state_dict()),
-        lambda: model.model.layers[0].rnn.in_proj.weight.data.mul_(2),
-        lambda: setattr(model.model.layers[1].mlp, "up_proj", torch.nn.Linear(14, 56, bias=False)),
-        lambda: setattr(model.model.layers[1].rnn_norm, "weight", torch.nn.Parameter(torch.rand(14))),
-        lambda: setattr(model.model.layers[0].rnn, "out_proj", torch.nn.Linear(model.config.state_size, 14)),
-    ):
-        before = two_steps(model, ids)[0]
+        lambda: layers[0].rnn.in_proj.weight.data.mul_(2),
+        lambda: setattr(layers[1].mlp, "up_proj", torch.nn.Linear(14, 56, bias=False)),
+        lambda: setattr(layers[1].rnn_norm, "weight", torch.nn.Parameter(torch.rand(14))),
+        lambda: setattr(layers[0].rnn, "out_proj", torch.nn.Linear(14, 14)),
+        lambda: [setattr(norm, "eps", 0.5) for layer in layers for norm in (layer.rnn_norm, layer.mlp_norm)],
+        lambda: layers.register_module("1", copy.deepcopy(layers[0])),
+        lambda: setattr(model.model, "norm", copy.deepcopy(layers[0].rnn_norm)),
+        lambda: setattr(model, "lm_head", torch.nn.Linear(14, model.config.vocab_size)),
+        lambda: model.resize_token_embeddings(model.config.vocab_size + 1, mean_resizing=False),
+    ]
+    by_modules_of_layers = [
+        lambda: setattr(layers[0].rnn.out_proj.weight, "data", layers[0].rnn.out_proj.weight.data.T),
+        lambda: prune(layers[1].mlp),
+        lambda: layers[0].register_forward_hook(lambda module, arguments, output: (2 * output[0], *output[1:])),
+    ]
+    before, steps = two_steps(model, ids)[0], 2
+    for change in by_kernels + by_modules_of_layers:
         change()
-        assert_close(two_steps(model, ids)[0], by_modules(model, ids)[0])
-        assert not torch.equal(before, two_steps(model, ids)[0])
-    assert len(decoded) == 2 * (1 + 3 * 5)
+        found = two_steps(model, ids)[0]
+        steps += 2 * (change in by_kernels)
+        assert len(decoded) == steps
+        assert_close(found, by_modules(model, ids)[0])
+        assert found.shape != before.shape or not torch.equal(found, before)
+        before = found
+
+
+def test_a_model_that_has_decoded_can_go():
+    model = small_model()
+    two_steps(model, random_ids(1, 7))
+    gone = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def adapted(model):
