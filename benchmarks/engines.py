@@ -1,7 +1,9 @@
 """What decodes on a CPU without torch, as contenders of generate.py: GPT-2 in CTranslate2, in float32 and with int8
-weights and activations, where it is installed (`pip install '.[engines]'`); and our own models in onnxruntime."""
+weights and activations, and Llama in llama.cpp, in float32 and with its eight-bit weights, where they are installed
+(`pip install '.[engines]'`); and our own models in onnxruntime."""
 
 import importlib.util
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,8 +14,8 @@ import numpy as np
 import onnxruntime
 import torch
 from harness import THREADS, now, relative_error
-from models import VOCABULARY
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from models import HEADS, VOCABULARY, WIDTH
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from modeling_minrnn.export import export_onnx
 
@@ -51,11 +53,18 @@ def onnx(model: PreTrainedModel, int8: bool, prompts: torch.Tensor) -> tuple[Dec
     return generate, relative_error([torch.tensor(start(prompts.numpy())[0])], [wanted])
 
 
-def engines(gpt2: GPT2LMHeadModel) -> dict[str, Decode]:
-    """By name, what decodes `gpt2` greedily and tells the clock the time of each new token."""
-    if importlib.util.find_spec("ctranslate2") is None:
-        print("ctranslate2 is not installed: no rows of it", file=sys.stderr)
-        return {}
+def engines(gpt2: GPT2LMHeadModel, llama: LlamaForCausalLM) -> dict[str, Decode]:
+    """By name, what decodes these models greedily and tells the clock the time of each new token."""
+    found: dict[str, Decode] = {}
+    for names, model, build in ((["ctranslate2"], gpt2, _ctranslate2), (["xllamacpp", "gguf"], llama, _llama_cpp)):
+        if all(importlib.util.find_spec(name) for name in names):
+            found |= build(model)
+        else:
+            print(f"{' and '.join(names)} are not installed: no rows of them", file=sys.stderr)
+    return found
+
+
+def _ctranslate2(gpt2: GPT2LMHeadModel) -> dict[str, Decode]:
     import ctranslate2
     from ctranslate2.converters.transformers import GPT2Loader
 
@@ -70,10 +79,12 @@ def engines(gpt2: GPT2LMHeadModel) -> dict[str, Decode]:
             kind: ctranslate2.Generator(folder, device="cpu", compute_type=kind, intra_threads=THREADS)
             for kind in ("float32", "int8")
         }
-    return {f"ctranslate2 gpt2 {kind}": partial(_ctranslate2, generator) for kind, generator in generators.items()}
+    return {f"ctranslate2 gpt2 {kind}": partial(_by_ctranslate2, generator) for kind, generator in generators.items()}
 
 
-def _ctranslate2(generator: Any, prompt: torch.Tensor, new_tokens: int, tell: Callable[[float], None]) -> torch.Tensor:
+def _by_ctranslate2(
+    generator: Any, prompt: torch.Tensor, new_tokens: int, tell: Callable[[float], None]
+) -> torch.Tensor:
     [result] = generator.generate_batch(
         [[str(token) for token in prompt[0].tolist()]],
         max_length=new_tokens,
@@ -83,3 +94,79 @@ def _ctranslate2(generator: Any, prompt: torch.Tensor, new_tokens: int, tell: Ca
         callback=lambda step: tell(now()),  # None: go on
     )
     return torch.tensor(result.sequences_ids[0])
+
+
+CHARACTERS = 0x4E00  # of the tokens as text, in which llama.cpp gives them back one by one
+PARTS = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def _write_gguf(llama: LlamaForCausalLM, path: str, kind: str) -> None:
+    """The model as a file of llama.cpp, its matrices in a GGMLQuantizationType."""
+    import gguf
+
+    config, kind, file = llama.config, gguf.GGMLQuantizationType[kind], gguf.GGUFWriter(path, "llama")
+    padding = -config.intermediate_size % 32  # to whole blocks of numbers with one scale, by zeros
+    file.add_context_length(config.max_position_embeddings)
+    file.add_embedding_length(WIDTH)
+    file.add_block_count(config.num_hidden_layers)
+    file.add_feed_forward_length(config.intermediate_size + padding)
+    file.add_head_count(HEADS)
+    file.add_layer_norm_rms_eps(config.rms_norm_eps)
+    file.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    file.add_vocab_size(VOCABULARY)
+    file.add_tokenizer_model("llama")
+    file.add_token_list([chr(CHARACTERS + token) for token in range(VOCABULARY)])
+    file.add_token_scores([0.0] * VOCABULARY)
+    file.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
+    for name, parameter in llama.named_parameters():
+        for ours, theirs in PARTS.items():
+            name = name.replace(ours, theirs)
+        values = parameter.detach().numpy()
+        if "attn_q" in name or "attn_k" in name:  # it rotates neighbours, transformers the two halves of a head
+            values = values.reshape(HEADS, 2, -1, WIDTH).swapaxes(1, 2).reshape(-1, WIDTH)
+        if "ffn_gate" in name or "ffn_up" in name:
+            values = np.pad(values, ((0, padding), (0, 0)))
+        if "ffn_down" in name:
+            values = np.pad(values, ((0, 0), (0, padding)))
+        of_it = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        file.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), of_it), raw_dtype=of_it)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+
+
+def _llama_cpp(llama: LlamaForCausalLM) -> dict[str, Decode]:
+    import xllamacpp
+
+    found = {}
+    for kind in ("F32", "Q8_0"):
+        with tempfile.TemporaryDirectory() as folder:
+            parameters = xllamacpp.CommonParams()
+            parameters.model.path = f"{folder}/model.gguf"
+            _write_gguf(llama, parameters.model.path, kind)
+            parameters.n_ctx, parameters.n_parallel, parameters.verbosity = llama.config.max_position_embeddings, 1, -1
+            parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = THREADS
+            found[f"llama.cpp llama {kind}"] = partial(_by_llama_cpp, xllamacpp.Server(parameters))
+    return found
+
+
+def _by_llama_cpp(server: Any, prompt: torch.Tensor, new_tokens: int, tell: Callable[[float], None]) -> torch.Tensor:
+    text = []
+
+    def listen(answer: Any) -> None:
+        answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
+        new = answer["choices"][0]["text"]
+        if new:
+            tell(now())
+            text.append(new)
+
+    # Of no token it knows that it ends a text; the second, which it takes for that, is never drawn.
+    request = {"n_predict": new_tokens, "temperature": 0.0, "stream": True, "ignore_eos": True, "cache_prompt": False}
+    server.handle_completions({"prompt": prompt[0].tolist(), **request}, listen)
+    return torch.tensor([ord(character) - CHARACTERS for character in "".join(text)])
