@@ -459,6 +459,8 @@ class MinRNNModel(MinRNNPreTrainedModel):
 
         None, and nothing has changed, where `forward` has to compute it.
         """
+        if torch.compiler.is_compiling():
+            return None
         own, config, cache_layers = vars(self), vars(self.config), past_key_values.layers
         layers = own["_modules"]["layers"]
         if (
@@ -743,7 +745,12 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
 
         The other arguments are those of MinRNNModel.
         """
-        if use_cache and type(past_key_values) is DynamicCache and input_ids is not None and input_ids.shape[1:] == (1,):
+        if (
+            use_cache
+            and type(past_key_values) is DynamicCache
+            and input_ids is not None
+            and input_ids.shape[1:] == (1,)
+        ):
             others = (position_ids, inputs_embeds, labels, *kwargs.values())
             if type(logits_to_keep) is int and all(value is None for value in others):
                 logits = self.model.decode(input_ids, attention_mask, past_key_values, self.lm_head)
