@@ -455,6 +455,7 @@ class _NotStock(Exception):
 _READ: tuple[Callable, ...] = (
     type, operator.attrgetter("dtype", "shape"), Tensor.data_ptr, Tensor.is_contiguous
 )  # fmt: skip
+_NO_TENSOR = torch.empty(0)
 
 
 class _Told:
@@ -507,7 +508,7 @@ class _Told:
         )
 
     def read_tensors(self) -> list[list]:
-        tensors = [*map(dict.get, self.homes, self.of_homes)]
+        tensors = [*map(dict.get, self.homes, self.of_homes, itertools.repeat(_NO_TENSOR))]
         return [[*map(read, tensors)] for read in _READ]
 
     def value(self, owner: dict, name: str):
@@ -600,7 +601,7 @@ _TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def _told(model, num_layers: int, head: nn.Module | None, like: Tensor | None = None) -> _Told | None:
     """None where a part is not stock."""
-    known, key = _TOLD.setdefault(model, {}), (num_layers, None if like is None else like.dtype)
+    known, key = _TOLD.setdefault(model, {}), (num_layers, None if like is None else (like.dtype, like.shape[-1]))
     if key not in known or not known[key].holds(head):
         known.pop(key, None)
         try:

@@ -147,6 +147,12 @@ def prune(mlp):
     mlp.up_proj.weight.data, mlp.down_proj.weight.data = mlp.up_proj.weight.data[:9], mlp.down_proj.weight.data[:, :9]
 
 
+def unregister(linear):
+    weight = linear.weight.detach().clone()
+    del linear.weight
+    linear.weight = weight
+
+
 def test_a_changed_part_is_seen(decoded):
     model, ids, other = small_model(expansion_factor=1), random_ids(1, 7), small_model(expansion_factor=1, seed=1)
     layers = model.model.layers
@@ -165,6 +171,7 @@ def test_a_changed_part_is_seen(decoded):
     by_modules_of_layers = [
         lambda: setattr(layers[0].rnn.out_proj.weight, "data", layers[0].rnn.out_proj.weight.data.T),
         lambda: prune(layers[1].mlp),
+        lambda: unregister(layers[1].mlp.down_proj),
         lambda: layers[0].register_forward_hook(lambda module, arguments, output: (2 * output[0], *output[1:])),
     ]
     before, steps = two_steps(model, ids)[0], 2
@@ -376,6 +383,12 @@ def test_a_plain_step_passes_over_no_hook_mask_or_check(decoded):
         assert_close(cache.layers[0].keys[1], expected[1][0][1])  # the row that has read the last token
         assert not torch.allclose(cache.layers[0].keys[0], expected[1][0][0])
         assert found.shape == (2, 1, model.config.vocab_size)
-        for wrong in ({"attention_mask": masked[:1]}, {"past_key_values": DynamicCache()}):
-            with pytest.raises(ValueError, match="attention_mask must be|was not made for this model"):
-                model(ids[:, :1], **{"past_key_values": cache, "use_cache": True} | wrong)
+        for wrong in (
+            {"attention_mask": masked[:1]},
+            {"past_key_values": DynamicCache()},
+            {"input_ids": ids[:, :1] + model.config.vocab_size},
+            {"input_ids": None, "inputs_embeds": torch.zeros(2, 1, 13)},
+        ):
+            message = "attention_mask must be|was not made for this model|is not in the vocabulary|holds a window"
+            with pytest.raises(ValueError, match=message):
+                model(**{"input_ids": ids[:, :1], "past_key_values": cache, "use_cache": True} | wrong)
