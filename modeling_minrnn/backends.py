@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_mode
 
-from .cells import Cell
-
 # Backends of compiled kernels, which need a package. On a device "auto" takes the first that is made for it.
 COMPILED = {"numba": ("cpu",), "triton": ("cuda", "xpu"), "triton_batch_invariant": ("cuda", "xpu")}
 
@@ -24,19 +22,33 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_mode._current_level >= 0
 
 
+def register_derivative(operator, backward, differentiate: Callable, setup_context: Callable, name: str) -> None:
+    """Of a custom operator, whose derivative `differentiate` computes by the operator `backward`, which has none."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f'{name} can be differentiated once; for second derivatives use backend="loop" (in the configuration of a '
+            'model scan_backend="loop")'
+        )
+
+    operator.register_autograd(differentiate, setup_context=setup_context)
+    backward.register_autograd(refuse)
+
+
 class Kernels(NamedTuple):
     """What a backend brings.
 
     Attributes:
         solve: the recurrence alone, for every cell; the contract is that of `scan_torch.solve`.
         block_elements: of state that `solve` is given at a time; None for whole sequences.
-        fuses: whether `forward` and `backward` compute a cell in one pass, gates included.
+        fuses: whether `forward` and `backward` compute the cell of some `scan_blocks.ScanInputs` in one pass, gates
+            included.
         devices: device types.
     """
 
     solve: Callable
     block_elements: int | None
-    fuses: Callable[[Cell], bool] = lambda cell: False
+    fuses: Callable = lambda inputs: False
     forward: Callable = NotImplemented
     backward: Callable = NotImplemented
     devices: tuple[str, ...] = ()

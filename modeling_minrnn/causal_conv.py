@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import NAMESPACE, is_transformed, resolve_backend
+from .backends import NAMESPACE, is_transformed, register_derivative, resolve_backend
 
 
 def causal_conv(
@@ -88,16 +88,10 @@ def _(x, weight, window, taps, d_y):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), window.new_empty(window.shape)
 
 
-def _differentiate(ctx, d_y):
-    return *_conv_backward(*ctx.saved_tensors, d_y), None
-
-
-def _refuse_double_backward(ctx, *_):
-    raise RuntimeError(
-        'causal_conv can be differentiated once; for second derivatives use backend="torch" (in the configuration of '
-        'a model scan_backend="loop")'
-    )
-
-
-_conv.register_autograd(_differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-_conv_backward.register_autograd(_refuse_double_backward)
+register_derivative(
+    _conv,
+    _conv_backward,
+    lambda ctx, d_y: (*_conv_backward(*ctx.saved_tensors, d_y), None),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    "causal_conv",
+)

@@ -20,6 +20,16 @@ INPUTS = (
 )  # fmt: skip
 
 
+@numba.njit(inline="always")
+def row_at(x, stride_b, stride_t, window, b, source, H, K, h_start, width):
+    """The row of [window | x] that a tap reads."""
+    if source >= K - 1:
+        start = b * stride_b + (source - K + 1) * stride_t + h_start
+        return x[start : start + width]
+    start = (b * (K - 1) + source) * H + h_start
+    return window[start : start + width]
+
+
 @compile_kernel(*INPUTS, voidptr)
 def forward_kernel(
     x, stride_b, stride_t, weight, window, taps, number_of_taps, T, H, K, y, b_start, b_stop, h_start, h_stop
@@ -33,17 +43,11 @@ def forward_kernel(
             out[:] = np.float32(0.0)
             for k in range(K):
                 source = taps[(b * T + t) * K + k] if number_of_taps else t + k
-                if source >= K - 1:
-                    start = b * stride_b + (source - K + 1) * stride_t + h_start
-                    row = x[start : start + width]
-                elif source >= 0:
-                    start = (b * (K - 1) + source) * H + h_start
-                    row = window[start : start + width]
-                else:
-                    continue
-                w = weight[k * H + h_start : k * H + h_stop]
-                for h in range(width):
-                    out[h] += w[h] * row[h]
+                if source >= 0:
+                    row = row_at(x, stride_b, stride_t, window, b, source, H, K, h_start, width)
+                    w = weight[k * H + h_start : k * H + h_stop]
+                    for h in range(width):
+                        out[h] += w[h] * row[h]
 
 
 @compile_kernel(*INPUTS, voidptr, int64, int64, voidptr, voidptr, voidptr)
@@ -62,22 +66,14 @@ def backward_kernel(
             upstream = d_y[start : start + width]
             for k in range(K):
                 source = taps[(b * T + t) * K + k] if number_of_taps else t + k
-                if source >= K - 1:
-                    start = b * stride_b + (source - K + 1) * stride_t + h_start
-                    row = x[start : start + width]
-                    start = (b * T + source - K + 1) * H + h_start
-                    d_row = d_x[start : start + width]
-                elif source >= 0:
-                    start = (b * (K - 1) + source) * H + h_start
-                    row = window[start : start + width]
-                    d_row = d_window[start : start + width]
-                else:
-                    continue
-                w = weight[k * H + h_start : k * H + h_stop]
-                d_w = d_weight[(b * K + k) * H + h_start : (b * K + k) * H + h_stop]
-                for h in range(width):
-                    d_row[h] += w[h] * upstream[h]
-                    d_w[h] += row[h] * upstream[h]
+                if source >= 0:
+                    row = row_at(x, stride_b, stride_t, window, b, source, H, K, h_start, width)
+                    d_row = row_at(d_x, T * H, H, d_window, b, source, H, K, h_start, width)
+                    w = weight[k * H + h_start : k * H + h_stop]
+                    d_w = d_weight[(b * K + k) * H + h_start : (b * K + k) * H + h_stop]
+                    for h in range(width):
+                        d_row[h] += w[h] * upstream[h]
+                        d_w[h] += row[h] * upstream[h]
 
 
 def _inputs(x, weight, window, taps):

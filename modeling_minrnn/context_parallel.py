@@ -19,7 +19,8 @@ from torch import Tensor
 from .backends import is_transformed
 from .causal_conv import windows_after
 from .cells import NOTHING_SEEN, carry_dtype, complex_product
-from .operators import ScanInputs, scan
+from .operators import scan
+from .scan_blocks import Block, ScanInputs
 
 BACKWARD_ALONE = (
     "a sequence over several processes is differentiated by backward(), without create_graph; for torch.func, forward "
@@ -79,18 +80,18 @@ def context_parallel_scan(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple
         raise ValueError(f"{cell.name!r} reads a sequence in one process: its matrix has no decay to send on")
     if cell.has_matrices:
         return _matrices(inputs, group)
-    h, L = inputs.initial_state.tensor_split([D], -1)
+    (h, L), block = inputs.initial_state.tensor_split([D], -1), inputs.block(0, inputs.projected.shape[1])
     last_L = L
     if L.shape[-1]:
         from_nothing = torch.cat([torch.zeros_like(h), torch.full_like(L, NOTHING_SEEN)], -1)
         end = scan(inputs._replace(initial_state=from_nothing))[2][:, D:]
-        log_decay = _total(cell.log_sum_gates(inputs.tokens(), inputs.parameters).log_decay, inputs, end)
+        log_decay = _total(cell.log_sum_gates(block.x, inputs.parameters).log_decay, block, end)
         L, last_L = _chain(L, torch.stack([log_decay, end]), lambda own, x: torch.logaddexp(x + own[0], own[1]), group)
     outputs, rest, end = scan(inputs._replace(initial_state=torch.cat([torch.zeros_like(h), L], -1)))
-    before = inputs.before(cell.states_of(outputs, rest)[1], L, inputs.reset_state[D:])
-    terms = cell.gates(inputs.tokens(), inputs.parameters, before)
+    log_sums = cell.states_of(outputs, rest)[1].transpose(0, 1)
+    terms = cell.gates(block.x, inputs.parameters, block.before(log_sums, L, inputs.reset_state[D:]))
     multiply = complex_product if getattr(terms, "phase", None) is not None else torch.mul
-    own = torch.stack([_decay(terms, inputs), end[:, :D]])
+    own = torch.stack([_decay(terms, block, h), end[:, :D]])
     h, last_h = _chain(h, own, lambda own, x: multiply(own[0], x) + own[1], group)
     outputs, rest, _ = scan(inputs._replace(initial_state=torch.cat([h, L], -1)))
     return outputs, rest, torch.cat([last_h, last_L], -1)
@@ -113,27 +114,27 @@ def _matrices(inputs: ScanInputs, group: dist.ProcessGroup) -> tuple[Tensor, Ten
     return outputs, rest, last
 
 
-def _total(x: Tensor, inputs: ScanInputs, like: Tensor, after_reset: float = -math.inf) -> Tensor:
+def _total(x: Tensor, block: Block, like: Tensor, after_reset: float = -math.inf) -> Tensor:
     """The sum (B, N) of x over the chunk, like (B, N), without padding; `after_reset` where there is a reset."""
-    x = x.expand(*inputs.projected.shape[:2], like.shape[-1]).to(carry_dtype(like.device))
-    if inputs.padding_mask is not None:
-        x = x.masked_fill(inputs.padding_mask[..., None], 0)
-    total = x.sum(1)
-    if inputs.reset_mask is not None:
-        total = total.masked_fill(inputs.reset_mask.any(1, keepdim=True), after_reset)
+    x = x.expand(len(block.x), *like.shape).to(carry_dtype(like.device))
+    if block.padding is not None:
+        x = x.masked_fill(block.padding, 0)
+    total = x.sum(0)
+    if block.reset is not None:
+        total = total.masked_fill(block.reset.any(0), after_reset)
     return total.to(like.dtype)
 
 
-def _decay(terms, inputs: ScanInputs) -> Tensor:
-    """The product of a over the chunk: (B, D), or (B, 2 N) [real | imaginary]."""
-    turned = getattr(terms, "phase", None) is not None
-    like = inputs.initial_state[:, : inputs.D // 2 if turned else inputs.D]
-    decay = _total(terms.log_decay, inputs, like).exp()
-    if turned:
-        angle = _total(terms.phase, inputs, like.to(carry_dtype(like.device)), 0)
+def _decay(terms, block: Block, like: Tensor) -> Tensor:
+    """The product of a over the chunk, like h (B, D); for a complex one [real | imaginary]."""
+    if getattr(terms, "phase", None) is not None:
+        like = like[:, : like.shape[1] // 2]
+        decay = _total(terms.log_decay, block, like).exp()
+        angle = _total(terms.phase, block, like.to(carry_dtype(like.device)), 0)
         return torch.cat([decay * angle.cos(), decay * angle.sin()], -1).to(like.dtype)
+    decay = _total(terms.log_decay, block, like).exp()
     if getattr(terms, "sign", None) is not None:
-        negative = _total((terms.sign < 0).to(like.dtype), inputs, like, 0)
+        negative = _total((terms.sign < 0).to(like.dtype), block, like, 0)
         decay = decay * (1 - 2 * (negative % 2))
     return decay
 

@@ -28,6 +28,8 @@ from .norm import MinRNNRMSNorm
 from .scan_numba import (
     ANY_LENGTH,
     ANY_ORDER,
+    DELTA,
+    HGRN2,
     OPTIONS,
     RWKV,
     UNWRAPPED,
@@ -307,9 +309,6 @@ def convolve(kept, x, window, weight, out_window, B, H, K):
             row[i] = rounded(row[i] + rounded(total, kept), kept)
 
 
-MATRICES = {"hgrn2": 1 << 10, "gated_delta": 1 << 11}  # codes beside those of `scan_numba`
-DELTA = MATRICES["gated_delta"]
-
 # What the kernel is told of a layer: seven sizes, then addresses, 0 for a part that is not there.
 WINDOW, STATE, OUT_WINDOW, OUT_STATE, Q, CONV, RNN_NORM, MLP_NORM = range(7, 15)
 IN_PROJ, GATE_PROJ, OUT_PROJ, UP_PROJ, DOWN_PROJ, FIELDS = range(15, 31, 3)  # each with its scale and bias
@@ -321,13 +320,14 @@ def recur_of_matrices(code, columns, layer, projected, read, b_start, B, rows, c
     n, is_delta = S // D, code == DELTA
     heads = D // n
     steps = (P - heads - D) // (heads + 2 * D) if is_delta else 1
-    rooms, gates, wide = room_for_gates(steps, 1, n)
+    gates, wide = room_for_gates(steps, 1, n)
     for b in range(B):
         start = (b_start + b) * S
         state, out_state = floats(layer[STATE])[start : start + S], floats(layer[OUT_STATE])[start : start + S]
         cell = is_delta, steps, heads, n, n
         decode_token(cell, projected[b * P : b * P + P], q, state, out_state, read[b * D : b * D + D], gates, wide)
-    free(rooms)
+    free(gates)
+    free((wide,))
 
 
 def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
@@ -338,7 +338,7 @@ def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
 def recur_of(code, columns, layer, projected, read, b_start, B, rows, carries):
     """Compiled for each cell: what is inlined is copied with all that it is inlined in, which takes seconds."""
     of_code, of_columns = code.literal_value, columns.literal_value
-    if of_code in MATRICES.values():
+    if of_code & (HGRN2 | DELTA):
         return recur_of_matrices
 
     def recur(code, columns, layer, projected, read, b_start, B, rows, carries):
@@ -673,14 +673,14 @@ def _carried(rnn, carried: LayerState, sizes, like: Tensor) -> tuple[Tensor, ...
         window = carried.window_or(like.new_zeros(B, max(K - 1, 0), H)).detach().to(like.dtype).contiguous()
     q = state  # not read
     if rnn.cell.parameter_names:
-        q = dense(derived(rnn.cell, rnn.parameters_of_cell(like.new_empty(0, P))))
+        (q,) = map(dense, derived(rnn.cell, rnn.parameters_of_cell(like.new_empty(0, P))))
     return window, state, torch.empty_like(window), torch.empty_like(state), q
 
 
 @functools.cache
 def _of_cell(cell, D: int) -> tuple[int, tuple[int, ...], int]:
     """Its code, -1 for a cell that has none, the blocks of `projected`, and the number of log-sums."""
-    return MATRICES.get(cell.name, code_of(cell)), cell.blocks(D), cell.state_numbers(D) - D
+    return code_of(cell), cell.blocks(D), cell.state_numbers(D) - D
 
 
 def _kept(projection: tuple[int, int, int], dtype) -> str:

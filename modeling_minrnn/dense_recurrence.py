@@ -4,7 +4,6 @@ n tokens, B batch, C channels of u, N numbers of state a channel, D = C * N.
 """
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +14,16 @@ from .cells import Cell
 CHUNK = 64  # tokens at a time
 
 
-class DenseStates(NamedTuple):
-    states: Tensor
-    final_state: Tensor
-
-
 def dense_block(
     cell: Cell, u: Tensor, state: Tensor, reset_state: Tensor, reset: Tensor | None, padding: Tensor | None
-) -> DenseStates:
+) -> tuple[Tensor, Tensor]:
     """h (n, B, D) of the tokens u (n, B, C) after `state` (B, D), and the last of it in the dtype of `state`.
 
     reset, padding: (n, B, 1), as in `scan.minrnn_scan`; with them the tokens are walked one by one.
     """
     if reset is not None or padding is not None:
         return _one_by_one(cell, u, state, reset_state, reset, padding)
-    B, C = u.shape[1:]
+    C = u.shape[-1]
     states, m = [], state.unflatten(-1, (C, -1))
     for part in u.split(CHUNK):
         length = len(part)
@@ -38,10 +32,10 @@ def dense_block(
         h = (part.permute(1, 2, 0) @ from_input + m.to(u.dtype) @ from_state).unflatten(-1, (length, -1))
         m = h[:, :, -1].to(state.dtype)
         states.append(h.permute(2, 0, 1, 3).flatten(2))
-    return DenseStates(torch.cat(states), m.flatten(1))
+    return torch.cat(states), m.flatten(1)
 
 
-def _one_by_one(cell, u, state, reset_state, reset, padding) -> DenseStates:
+def _one_by_one(cell, u, state, reset_state, reset, padding) -> tuple[Tensor, Tensor]:
     A, B = (torch.tensor(x, dtype=state.dtype, device=u.device) for x in cell.system)
     states = []
     for t, token in enumerate(u):
@@ -50,7 +44,7 @@ def _one_by_one(cell, u, state, reset_state, reset, padding) -> DenseStates:
         new = dense_step(A, B, token.to(state.dtype), state)
         state = new if padding is None else torch.where(padding[t], state, new)
         states.append(state.to(u.dtype))
-    return DenseStates(torch.stack(states), state)
+    return torch.stack(states), state
 
 
 def dense_step(A: Tensor, B: Tensor, u: Tensor, state: Tensor) -> Tensor:

@@ -9,44 +9,35 @@ Backwards, a first walk keeps the state before every C tokens and a second one, 
 the states of four rows in C tokens. With C about the root of T that is little memory.
 """
 
-import functools
 import math
 
-import torch
-
-from .scan_blocks import derivative, empty_outputs
 from .scan_numba import (
     ANY_ORDER,
+    DELTA,
+    GRADIENTS,
+    INPUTS,
+    STRIDED,
     allocate,
     both,
+    code_of,
     compile_kernel,
-    dense,
-    derived,
     doubles,
-    flags,
     floats,
     hgrn_gates,
     int64,
+    is_set,
     np,
     numba,
-    output,
     release,
-    row_groups,
     run,
     sigmoids,
-    strided,
     voidptr,
 )
 
 CHUNK = 32  # tokens at a time at least: the gates of more would leave the second cache
-LARGEST = 256  # numbers of a head: of more, products of matrices are as fast
 
 # Sums in any order. What is called and not inlined is compiled once.
 inlined, called = numba.njit(forceinline=True, **ANY_ORDER), numba.njit(**ANY_ORDER)
-
-
-def fuses(inputs) -> bool:
-    return inputs.cell.name in ("hgrn2", "gated_delta") and inputs.D // inputs.cell.num_heads <= LARGEST
 
 
 @inlined
@@ -189,7 +180,39 @@ def pull_back_token(cell, h, p, start, d_p, d_start, c, parameters, a, d_gates, 
         silu_back(p[query : query + n], own, d_p[to_query : to_query + n])
 
 
-# Four rows of a matrix, and one token or one step of it. v: the numbers of the value that are theirs.
+# Four numbers, one of each of four rows.
+
+NONE = (0.0, 0.0, 0.0, 0.0)
+
+
+@inlined
+def plus(x, y):
+    return x[0] + y[0], x[1] + y[1], x[2] + y[2], x[3] + y[3]
+
+
+@inlined
+def minus(x, y):
+    return x[0] - y[0], x[1] - y[1], x[2] - y[2], x[3] - y[3]
+
+
+@inlined
+def times(number, x):
+    return number * x[0], number * x[1], number * x[2], number * x[3]
+
+
+@inlined
+def dot(x, y):
+    return x[0] * y[0] + x[1] * y[1] + x[2] * y[2] + x[3] * y[3]
+
+
+@inlined
+def get(x, start):
+    return x[start], x[start + 1], x[start + 2], x[start + 3]
+
+
+@inlined
+def put(x, start, four):
+    x[start], x[start + 1], x[start + 2], x[start + 3] = four
 
 
 @inlined
@@ -199,98 +222,80 @@ def rows_at(x, start, N):
 
 
 @inlined
+def column(rows, i):
+    return rows[0][i], rows[1][i], rows[2][i], rows[3][i]
+
+
+@inlined
+def put_column(rows, i, four):
+    rows[0][i], rows[1][i], rows[2][i], rows[3][i] = four
+
+
+@inlined
+def copy_rows(target, source):
+    for i in range(len(source[0])):
+        put_column(target, i, column(source, i))
+
+
+# One token, or one step of it, of four rows. v: the numbers of the value that are theirs.
+
+
+@inlined
 def hgrn2_step(rows, a, k, q, v):
     """S = a S + k v, and what q reads of it."""
-    (s0, s1, s2, s3), (v0, v1, v2, v3), y0, y1, y2, y3 = rows, v, 0.0, 0.0, 0.0, 0.0
+    y = NONE
     for i in range(len(a)):
-        new0, new1 = a[i] * s0[i] + k[i] * v0, a[i] * s1[i] + k[i] * v1
-        new2, new3 = a[i] * s2[i] + k[i] * v2, a[i] * s3[i] + k[i] * v3
-        y0 += q[i] * new0
-        y1 += q[i] * new1
-        y2 += q[i] * new2
-        y3 += q[i] * new3
-        s0[i], s1[i], s2[i], s3[i] = new0, new1, new2, new3
-    return y0, y1, y2, y3
+        new = plus(times(a[i], column(rows, i)), times(k[i], v))
+        y = plus(y, times(q[i], new))
+        put_column(rows, i, new)
+    return y
 
 
 @inlined
 def hgrn2_back(d_rows, before, after, a, k, q, v, d_y, d_a, d_q):
     """The gradients of v; `d_rows` moves on to the state before, d_a and d_q are added to."""
-    (d0, d1, d2, d3), (p0, p1, p2, p3), (s0, s1, s2, s3) = d_rows, before, after
-    (v0, v1, v2, v3), (g0, g1, g2, g3), w0, w1, w2, w3 = v, d_y, 0.0, 0.0, 0.0, 0.0
+    d_v = NONE
     for i in range(len(a)):
-        e0, e1, e2, e3 = d0[i] + g0 * q[i], d1[i] + g1 * q[i], d2[i] + g2 * q[i], d3[i] + g3 * q[i]
-        d_q[i] += g0 * s0[i] + g1 * s1[i] + g2 * s2[i] + g3 * s3[i]
-        d_a[i] += e0 * (p0[i] - v0) + e1 * (p1[i] - v1) + e2 * (p2[i] - v2) + e3 * (p3[i] - v3)
-        w0 += k[i] * e0
-        w1 += k[i] * e1
-        w2 += k[i] * e2
-        w3 += k[i] * e3
-        d0[i], d1[i], d2[i], d3[i] = a[i] * e0, a[i] * e1, a[i] * e2, a[i] * e3
-    return w0, w1, w2, w3
-
-
-@inlined
-def dots(rows, x):
-    (s0, s1, s2, s3), y0, y1, y2, y3 = rows, 0.0, 0.0, 0.0, 0.0
-    for i in range(len(x)):
-        y0 += x[i] * s0[i]
-        y1 += x[i] * s1[i]
-        y2 += x[i] * s2[i]
-        y3 += x[i] * s3[i]
-    return y0, y1, y2, y3
+        d = plus(column(d_rows, i), times(q[i], d_y))
+        d_q[i] += dot(d_y, column(after, i))
+        d_a[i] += dot(d, minus(column(before, i), v))
+        d_v = plus(d_v, times(k[i], d))
+        put_column(d_rows, i, times(a[i], d))
+    return d_v
 
 
 @inlined
 def delta_step(rows, a, k, q, v, rate):
     """S = a S + rate k (v - a S k): what k does not find, which is v - a S k, and what q reads of S."""
-    f0, f1, f2, f3 = dots(rows, k)
-    missing = v[0] - a * f0, v[1] - a * f1, v[2] - a * f2, v[3] - a * f3
-    w0, w1, w2, w3 = rate * missing[0], rate * missing[1], rate * missing[2], rate * missing[3]
-    (s0, s1, s2, s3), y0, y1, y2, y3 = rows, 0.0, 0.0, 0.0, 0.0
+    found, y = NONE, NONE
     for i in range(len(k)):
-        new0, new1 = a * s0[i] + k[i] * w0, a * s1[i] + k[i] * w1
-        new2, new3 = a * s2[i] + k[i] * w2, a * s3[i] + k[i] * w3
-        y0 += q[i] * new0
-        y1 += q[i] * new1
-        y2 += q[i] * new2
-        y3 += q[i] * new3
-        s0[i], s1[i], s2[i], s3[i] = new0, new1, new2, new3
-    return missing, (y0, y1, y2, y3)
+        found = plus(found, times(k[i], column(rows, i)))
+    missing = minus(v, times(a, found))
+    written = times(rate, missing)
+    for i in range(len(k)):
+        new = plus(times(a, column(rows, i)), times(k[i], written))
+        y = plus(y, times(q[i], new))
+        put_column(rows, i, new)
+    return missing, y
 
 
 @inlined
 def delta_back(d_rows, before, after, a, k, q, missing, rate, d_y, d_k, d_q):
     """The gradients of what is written, rate * missing, and of a; as `hgrn2_back`."""
-    (d0, d1, d2, d3), (p0, p1, p2, p3), (s0, s1, s2, s3) = d_rows, before, after
-    (g0, g1, g2, g3), w0, w1, w2, w3 = d_y, 0.0, 0.0, 0.0, 0.0
+    d_written, d_a = NONE, 0.0
     for i in range(len(k)):
-        e0, e1, e2, e3 = d0[i] + g0 * q[i], d1[i] + g1 * q[i], d2[i] + g2 * q[i], d3[i] + g3 * q[i]
-        d_q[i] += g0 * s0[i] + g1 * s1[i] + g2 * s2[i] + g3 * s3[i]
-        w0 += k[i] * e0
-        w1 += k[i] * e1
-        w2 += k[i] * e2
-        w3 += k[i] * e3
-        d0[i], d1[i], d2[i], d3[i] = e0, e1, e2, e3
-    m0, m1, m2, m3 = rate * missing[0], rate * missing[1], rate * missing[2], rate * missing[3]
-    f0, f1, f2, f3, d_a = -rate * w0, -rate * w1, -rate * w2, -rate * w3, 0.0
+        d = plus(column(d_rows, i), times(q[i], d_y))
+        d_q[i] += dot(d_y, column(after, i))
+        d_written = plus(d_written, times(k[i], d))
+        put_column(d_rows, i, d)
+    written, d_found = times(rate, missing), times(-rate, d_written)
     for i in range(len(k)):
-        e0, e1, e2, e3 = d0[i] + k[i] * f0, d1[i] + k[i] * f1, d2[i] + k[i] * f2, d3[i] + k[i] * f3
-        kept = f0 * p0[i] + f1 * p1[i] + f2 * p2[i] + f3 * p3[i]
-        d_k[i] += d0[i] * m0 + d1[i] * m1 + d2[i] * m2 + d3[i] * m3 + a * kept
-        d_a += e0 * p0[i] + e1 * p1[i] + e2 * p2[i] + e3 * p3[i]
-        d0[i], d1[i], d2[i], d3[i] = a * e0, a * e1, a * e2, a * e3
-    return (w0, w1, w2, w3), d_a
-
-
-@inlined
-def put(target, start, four):
-    target[start], target[start + 1], target[start + 2], target[start + 3] = four
-
-
-@inlined
-def get(x, start):
-    return x[start], x[start + 1], x[start + 2], x[start + 3]
+        own, d = column(before, i), column(d_rows, i)
+        d_k[i] += dot(d, written) + a * dot(d_found, own)
+        d = plus(d, times(k[i], d_found))
+        d_a += dot(d, own)
+        put_column(d_rows, i, times(a, d))
+    return d_written, d_a
 
 
 # A chunk of `count` tokens, of which the first is token `row` of all: rows j..j + 3 of a matrix of N rows.
@@ -301,15 +306,15 @@ def get(x, start):
 def walk(cell, keeps, j, row, count, masks, gates, S, reset_state, y, kept, missing):
     """S moves on; y (tokens, N): what is read. keeps: whether states go to `kept`, and `missing` of the delta rule."""
     is_delta, steps, _, _, N = cell
-    (reset_mask, resets, padding_mask, paddings), (a, k, v, q, rate) = masks, gates
+    (reset_mask, padding_mask), (a, k, v, q, rate) = masks, gates
     rows = rows_at(S, j * N, N)
     if keeps:
         copy(kept, 0, S, j * N, 4 * N)
     for c in range(count):
-        own_q, read = q[c * N : c * N + N], (0.0, 0.0, 0.0, 0.0)
-        if resets and reset_mask[row + c]:
+        own_q, read = q[c * N : c * N + N], NONE
+        if is_set(reset_mask, row + c):
             copy(S, j * N, reset_state, j * N, 4 * N)
-        if paddings and padding_mask[row + c]:
+        if is_set(padding_mask, row + c):
             if keeps:
                 copy(kept, (c + 1) * steps * 4 * N, S, j * N, 4 * N)
         else:
@@ -327,29 +332,16 @@ def walk(cell, keeps, j, row, count, masks, gates, S, reset_state, y, kept, miss
         put(y, c * N + j, read)
 
 
-@inlined
-def move(row, target, start):
-    """Add a row to that at `start`, and clear it."""
-    target = target[start : start + len(row)]
-    for i in range(len(row)):
-        target[i] += row[i]
-        row[i] = 0.0
-
-
 @inlined  # where LLVM sees that no two of the arrays overlap, without which it would not vectorise
 def walk_back(cell, C, j, row, count, masks, gates, d_gates, d_S, d_reset_state, d_y, kept, missing, d_rows):
     """After `walk`: d_S moves on to the state before the chunk, and d_gates, but for values, are added to."""
     is_delta, steps, _, _, N = cell
-    (reset_mask, resets, padding_mask, paddings), (a, k, v, q, rate) = masks, gates
+    (reset_mask, padding_mask), (a, k, v, q, rate) = masks, gates
     d_a, d_k, d_v, d_q, d_rate = d_gates
-    d0, d1, d2, d3 = d_rows
-    copy(d0, 0, d_S, j * N, N)
-    copy(d1, 0, d_S, (j + 1) * N, N)
-    copy(d2, 0, d_S, (j + 2) * N, N)
-    copy(d3, 0, d_S, (j + 3) * N, N)
+    copy_rows(d_rows, rows_at(d_S, j * N, N))
     for c in range(count - 1, -1, -1):
-        is_reset = resets and reset_mask[row + c]
-        if not (paddings and padding_mask[row + c]):
+        is_reset = is_set(reset_mask, row + c)
+        if not is_set(padding_mask, row + c):
             own_q, own_d_q = q[c * N : c * N + N], d_q[c * N : c * N + N]
             for s in range(steps - 1, -1, -1):
                 at, first = c * steps + s, (c * steps + s) * N
@@ -358,7 +350,7 @@ def walk_back(cell, C, j, row, count, masks, gates, d_gates, d_S, d_reset_state,
                 own_k, own_d_y = k[first : first + N], get(d_y, c * N + j)
                 if is_delta:
                     if s < steps - 1:
-                        own_d_y = (0.0, 0.0, 0.0, 0.0)
+                        own_d_y = NONE
                     not_found, own_d_k = get(missing, at * 4), d_k[first : first + N]
                     d_w, own_d_a = delta_back(
                         d_rows, before, after, a[at], own_k, own_q, not_found, rate[at], own_d_y, own_d_k, own_d_q
@@ -372,14 +364,11 @@ def walk_back(cell, C, j, row, count, masks, gates, d_gates, d_S, d_reset_state,
                     own_d_v = hgrn2_back(d_rows, before, after, own_a, own_k, own_q, own_v, own_d_y, own_d_a, own_d_q)
                     put(d_v, first + j, own_d_v)
         if is_reset:
-            move(d0, d_reset_state, j * N)
-            move(d1, d_reset_state, (j + 1) * N)
-            move(d2, d_reset_state, (j + 2) * N)
-            move(d3, d_reset_state, (j + 3) * N)
-    copy(d_S, j * N, d0, 0, N)
-    copy(d_S, (j + 1) * N, d1, 0, N)
-    copy(d_S, (j + 2) * N, d2, 0, N)
-    copy(d_S, (j + 3) * N, d3, 0, N)
+            to_reset = rows_at(d_reset_state, j * N, N)
+            for i in range(N):
+                put_column(to_reset, i, plus(column(to_reset, i), column(d_rows, i)))
+                put_column(d_rows, i, NONE)
+    copy_rows(rows_at(d_S, j * N, N), d_rows)
 
 
 @called
@@ -409,44 +398,23 @@ def store_matrix(S, n, N, state, start):
 
 @inlined
 def room(count):
-    """The address of float64 zeros, and they."""
-    address = allocate(8 * count)
-    array = numba.carray(address, (count,), np.float64)
+    """float64 zeros, which `free` gives back."""
+    array = numba.carray(allocate(8 * count), (count,), np.float64)
     clear(array, count)
-    return address, array
-
-
-@inlined
-def matrices(N):
-    S_at, S = room(N * N)
-    R_at, R = room(N * N)
-    return (S_at, R_at), S, R
+    return array
 
 
 @inlined
 def room_for_gates(steps, C, N):
-    a_at, a = room(C * steps * N)
-    k_at, k = room(C * steps * N)
-    v_at, v = room(C * steps * N)
-    q_at, q = room(C * N)
-    rate_at, rate = room(C * steps)
-    y_at, y = room(C * N)
-    return (a_at, k_at, v_at, q_at, rate_at, y_at), (a, k, v, q, rate), y
+    """(a, k, v, q, rate) of C tokens, and what they read."""
+    keys, tokens = C * steps * N, C * N
+    return (room(keys), room(keys), room(keys), room(tokens), room(C * steps)), room(tokens)
 
 
 @inlined
-def four_rows(N):
-    at0, row0 = room(N)
-    at1, row1 = room(N)
-    at2, row2 = room(N)
-    at3, row3 = room(N)
-    return (at0, at1, at2, at3), (row0, row1, row2, row3)
-
-
-@inlined
-def free(addresses):
-    for address in addresses:
-        release(address)
+def free(arrays):
+    for array in arrays:
+        release(array.ctypes.data)
 
 
 @called
@@ -455,7 +423,7 @@ def load_gates(cell, C, p, place, t, masks, parameters, gates):
     b, h, stride_b, stride_t, T = place
     count = min(C, T - t)
     for c in range(count):
-        if not (masks[3] and masks[2][b * T + t + c]):
+        if not is_set(masks[1], b * T + t + c):
             load_token(cell, h, p, b * stride_b + (t + c) * stride_t, c, parameters, gates)
     return count
 
@@ -488,7 +456,7 @@ def chunk_back(
         walk_back(cell, C, j, row, count, masks, gates, d_gates, d_S, d_R, d_y, kept, missing, d_rows)
     for c in range(count):
         back_to = (row + c) * d_stride
-        if masks[3] and masks[2][row + c]:
+        if is_set(masks[1], row + c):
             clear_token(cell, h, d_p, back_to)
         else:
             start = b * stride_b + (t + c) * stride_t
@@ -531,26 +499,21 @@ def rows_times(x, matrix, n, y):
             y[j] += x[i] * row[j]
 
 
-INPUTS = (
-    voidptr, int64, int64, int64, int64, int64, int64,  # projected, stride_b, stride_t, T, heads, n, C
-    voidptr, voidptr, voidptr,  # initial_state, reset_state, parameters as of `scan_numba.derived`
-    voidptr, int64, voidptr, int64,  # reset and padding tokens, each with whether there are any
-    int64, int64,  # whether it is the delta rule, and steps a token
-)  # fmt: skip
+CELL = (int64, int64, int64)  # tokens of a chunk, steps a token, and whether it is the delta rule
 
 
-@compile_kernel(*INPUTS, voidptr, voidptr)
+@compile_kernel(*CELL, *INPUTS, voidptr, voidptr)
 def forward_kernel(
-    projected, stride_b, stride_t, T, heads, n, C, initial_state, reset_state, parameters, reset_mask, resets,
-    padding_mask, paddings, is_delta, steps, outputs, final_state, start, stop, d_start, d_stop,
+    C, steps, is_delta, projected, stride_b, stride_t, T, D, states, initial_state, reset_state, parameters,
+    reset_mask, padding_mask, outputs, final_state, start, stop, d_start, d_stop,
 ):  # fmt: skip
     p, initial_state, reset_state = floats(projected), floats(initial_state), floats(reset_state)
     outputs, final_state, parameters = floats(outputs), floats(final_state), floats(parameters)
-    masks = flags(reset_mask), resets, flags(padding_mask), paddings
-    N = (n + 7) // 8 * 8
+    masks, n = (reset_mask, padding_mask), states // D
+    heads, N = D // n, (n + 7) // 8 * 8
     cell = is_delta, steps, heads, n, N
-    matrix_rooms, S, R = matrices(N)
-    gate_rooms, gates, y = room_for_gates(steps, C, N)
+    S, R = room(N * N), room(N * N)
+    gates, y = room_for_gates(steps, C, N)
     for i in range(start, stop):
         b, h = i // heads, i % heads
         load_matrix(initial_state, i * n * n, n, N, S)
@@ -560,31 +523,28 @@ def forward_kernel(
             for c in range(chunk_forward(cell, C, p, place, t, masks, parameters, gates, S, R, y)):
                 copy(outputs, ((b * T + t + c) * heads + h) * n, y, c * N, n)
         store_matrix(S, n, N, final_state, i * n * n)
-    free(matrix_rooms)
-    free(gate_rooms)
+    free((S, R, y))
+    free(gates)
 
 
-@compile_kernel(*INPUTS, voidptr, int64, int64, voidptr, voidptr, int64, voidptr, voidptr, voidptr, int64)
+@compile_kernel(*CELL, *INPUTS, *STRIDED, voidptr, *GRADIENTS)
 def backward_kernel(
-    projected, stride_b, stride_t, T, heads, n, C, initial_state, reset_state, parameters, reset_mask, resets,
-    padding_mask, paddings, is_delta, steps, d_outputs, out_b, out_t, d_final_state, d_projected, d_stride,
-    d_initial_state, d_reset_state, d_parameters, P, start, stop, d_start, d_stop,
+    C, steps, is_delta, projected, stride_b, stride_t, T, D, states, initial_state, reset_state, parameters,
+    reset_mask, padding_mask, d_outputs, out_b, out_t, d_final_state, d_projected, d_stride, d_initial_state,
+    d_reset_state, d_parameters, P, start, stop, d_start, d_stop,
 ):  # fmt: skip
     p, initial_state, reset_state = floats(projected), floats(initial_state), floats(reset_state)
     parameters, d_outputs, d_final_state = floats(parameters), floats(d_outputs), floats(d_final_state)
     d_p, d_initial_state = floats(d_projected), floats(d_initial_state)
     d_reset_state, d_parameters = doubles(d_reset_state), doubles(d_parameters)
-    masks = flags(reset_mask), resets, flags(padding_mask), paddings
-    N, chunks = (n + 7) // 8 * 8, (T + C - 1) // C
+    masks, n = (reset_mask, padding_mask), states // D
+    heads, N, chunks = D // n, (n + 7) // 8 * 8, (T + C - 1) // C
     cell = is_delta, steps, heads, n, N
-    matrix_rooms, S, R = matrices(N)
-    d_matrix_rooms, d_S, d_R = matrices(N)
-    gate_rooms, gates, d_y = room_for_gates(steps, C, N)
-    d_gate_rooms, d_gates, y = room_for_gates(steps, C, N)
-    starts_room, starts = room(chunks * N * N)
-    kept_room, kept = room((C * steps + 2) * 4 * N)
-    missing_room, missing = room(C * steps * 4)
-    d_row_rooms, d_rows = four_rows(N)
+    S, R, d_S, d_R = room(N * N), room(N * N), room(N * N), room(N * N)
+    gates, d_y = room_for_gates(steps, C, N)
+    d_gates, y = room_for_gates(steps, C, N)
+    starts, kept, missing = room(chunks * N * N), room((C * steps + 2) * 4 * N), room(C * steps * 4)
+    d_rows = room(N), room(N), room(N), room(N)
     for i in range(start, stop):
         b, h = i // heads, i % heads
         place = b, h, stride_b, stride_t, T
@@ -607,54 +567,16 @@ def backward_kernel(
             )  # fmt: skip
         store_matrix(d_S, n, N, d_initial_state, i * n * n)
         store_matrix(d_R, n, N, d_reset_state, i * n * n)
-    free(matrix_rooms)
-    free(d_matrix_rooms)
-    free(gate_rooms)
-    free(d_gate_rooms)
-    free(d_row_rooms)
-    free((starts_room, kept_room, missing_room))
+    free((S, R, d_S, d_R, d_y, y, starts, kept, missing))
+    free(gates)
+    free(d_gates)
+    free(d_rows)
 
 
-def _arguments(rows, inputs, chunk: int, q):
-    """INPUTS, for some rows of the batch."""
+def launcher(inputs, is_forward: bool):
+    """As `scan_numba.launcher`."""
     cell, T = inputs.cell, inputs.projected.shape[1]
-    masks = [None if x is None else x[rows].contiguous() for x in (inputs.reset_mask, inputs.padding_mask)]
-    sizes, steps = [0 if mask is None else 1 for mask in masks], getattr(cell, "householder_steps", 1)
-    return (
-        *strided(inputs.projected[rows]), T, cell.num_heads, inputs.D // cell.num_heads,
-        max(1, min(T, chunk) // steps), dense(inputs.initial_state[rows]), dense(inputs.reset_state), q,
-        masks[0], sizes[0], masks[1], sizes[1], cell.name == "gated_delta", steps,
-    )  # fmt: skip
-
-
-def forward(inputs):
-    """As `scan_blocks.forward`, for a cell that `fuses`."""
-    outputs, rest, final_state = empty_outputs(inputs)
-    q = dense(derived(inputs.cell, inputs.parameters))
-    for rows in row_groups(inputs.projected):
-        part = outputs[rows]
-        written = output(part)
-        given = _arguments(rows, inputs, CHUNK, q)
-        run(forward_kernel, (*given, written, final_state[rows]), len(part) * inputs.cell.num_heads, 1)
-        part.copy_(written)
-    return outputs, rest, final_state
-
-
-def backward(inputs, outputs, rest, d_outputs, d_rest, d_final_state):
-    """As `scan_blocks.backward`, for a cell that `fuses`."""
-    (B, S), T = d_final_state.shape, inputs.projected.shape[1]
-    d_projected = torch.empty(inputs.projected.shape, dtype=inputs.projected.dtype)
-    d_initial_state = torch.empty(B, S, dtype=torch.float32)
-    d_reset_state = torch.empty(B, S, dtype=torch.float64)
-    q, pull_back = derivative(functools.partial(derived, inputs.cell), inputs.parameters)
-    q, d_q = dense(q), torch.zeros(B, q.numel(), dtype=torch.float64)
-    for rows in row_groups(inputs.projected):
-        part = d_projected[rows]
-        written = output(part)
-        given = _arguments(rows, inputs, max(CHUNK, math.isqrt(T)), q)
-        upstream = *strided(d_outputs[rows]), dense(d_final_state[rows])
-        downstream = written, written.shape[-1], d_initial_state[rows], d_reset_state[rows], d_q[rows], q.numel()
-        run(backward_kernel, (*given, *upstream, *downstream), len(part) * inputs.cell.num_heads, 1)
-        part.copy_(written)
-    (d_parameters,) = pull_back(d_q.sum(0).view_as(q))
-    return d_projected, d_parameters, d_initial_state, d_reset_state.sum(0).to(torch.float32)
+    steps, chunk = getattr(cell, "householder_steps", 1), CHUNK if is_forward else max(CHUNK, math.isqrt(T))
+    own = max(1, min(T, chunk) // steps), steps, code_of(cell) == DELTA
+    kernel = forward_kernel if is_forward else backward_kernel
+    return lambda arguments, B: run(kernel, (*own, *arguments), B * cell.num_heads, 1)

@@ -1,6 +1,6 @@
 """The recurrence of matrices, `cells.Matrix`: chunks of time by products of matrices.
 
-B batch, T time, C tokens of a chunk, K chunks, heads of n x n numbers, D = heads * n, S = heads * n * n.
+T time, B batch, C tokens of a chunk, K chunks, heads of n x n numbers, D = heads * n, S = heads * n * n.
 
 What of a token j is left at a later one, i, is the product of a over j + 1 .. i. As a quotient of two running products
 it would overflow, and as a difference of their logarithms lose its digits, and its gradient with it. Hence a chunk is
@@ -9,81 +9,35 @@ queries that decay from there. With the delta rule a chunk also solves a triangu
 Householder matrices, arXiv 2406.06484).
 """
 
-import functools
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import Kernels
-from .cells import Matrix, carry_dtype
-from .scan_blocks import ScanInputs, derivative
+from .cells import Cell, Matrix
 
 CHUNK = 32  # tokens at a time: with 64 no faster, and with the delta rule less exact
 BLOCK_ELEMENTS = 1 << 20  # of outputs that are differentiated at a time
 
 
-class MatrixStates(NamedTuple):
-    outputs: Tensor
-    final_state: Tensor
+def block_length(B: int, D: int) -> int:
+    """Tokens that are computed, and differentiated, at a time."""
+    return max(1, BLOCK_ELEMENTS // max(1, B * D * CHUNK)) * CHUNK
 
 
-def matrix_forward(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(outputs, rest, final_state) of `operators.scan`: of the states the last alone, and of `rest` nothing."""
-    outputs, state = [], inputs.initial_state.to(carry_dtype(inputs.projected.device))
-    for x, masks in _blocks(inputs):
-        block, state = _block(inputs, masks, x, inputs.parameters, inputs.reset_state, state)
-        outputs.append(block.to(inputs.projected.dtype))
-    rest = inputs.initial_state.new_empty(len(state), 0, state.shape[-1])
-    return torch.cat(outputs, 1), rest, state.to(rest.dtype)
-
-
-def matrix_backward(
-    inputs: ScanInputs, outputs: Tensor, rest: Tensor, d_outputs: Tensor, d_rest: Tensor, d_final_state: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of projected, parameters, initial_state and reset_state, by autograd of a block at a time."""
-    dtype, like = carry_dtype(inputs.projected.device), inputs.initial_state.dtype
-    blocks, starts = _blocks(inputs), [inputs.initial_state.to(dtype)]
-    for x, masks in blocks[:-1]:
-        starts.append(_block(inputs, masks, x, inputs.parameters, inputs.reset_state, starts[-1]).final_state)
-    d_projected, d_state, sums = [], d_final_state.to(dtype), []
-    lengths = [x.shape[1] for x, _ in blocks]
-    for (x, masks), start, upstream in zip(reversed(blocks), reversed(starts), reversed(d_outputs.split(lengths, 1))):
-        block = functools.partial(_block, inputs, masks)
-        _, pull_back = derivative(block, x, inputs.parameters, inputs.reset_state, start)
-        d_x, *d, d_state = pull_back(upstream, d_state)
-        d_projected.append(d_x if masks[1] is None else d_x.masked_fill(masks[1][..., None], 0))
-        sums.append([gradient.to(dtype) for gradient in d])
-    d_parameters, d_reset_state = (functools.reduce(torch.add, d).to(like) for d in zip(*sums))
-    return torch.cat(d_projected[::-1], 1).to(inputs.projected.dtype), d_parameters, d_state.to(like), d_reset_state
-
-
-def matrix_kernels(inputs: ScanInputs, backend: str) -> Kernels:
-    """Of "numba" those of `matrix_numba.py`, where it knows the cell; else products of matrices, as torch has them."""
-    if backend == "numba":
-        from .matrix_numba import backward, forward, fuses
-
-        if fuses(inputs):
-            return Kernels(NotImplemented, None, lambda cell: True, forward, backward)
-    return Kernels(NotImplemented, None, lambda cell: True, matrix_forward, matrix_backward)
-
-
-def _blocks(inputs: ScanInputs) -> list[tuple[Tensor, list[Tensor | None]]]:
-    """Tokens (B, length, width), zero where padding, and their masks for resets and padding."""
-    B, T, _ = inputs.projected.shape
-    length = max(1, BLOCK_ELEMENTS // max(1, B * inputs.D * CHUNK)) * CHUNK
-    masks = [
-        [None] * -(-T // length) if mask is None else mask.split(length, 1)
-        for mask in (inputs.reset_mask, inputs.padding_mask)
-    ]
-    return list(zip(inputs.tokens().split(length, 1), map(list, zip(*masks))))
-
-
-def _block(inputs: ScanInputs, masks, x: Tensor, parameters: Tensor, reset_state: Tensor, state: Tensor):
-    """Outputs (B, length, D) of the tokens x after `state` (B, S), and the last state in the dtype of `state`."""
-    reset, padding = masks
-    terms: Matrix = inputs.cell.gates(x, parameters, x[..., :0])
+def matrix_block(
+    cell: Cell,
+    x: Tensor,
+    parameters: Tensor,
+    state: Tensor,
+    reset_state: Tensor,
+    reset: Tensor | None,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(outputs (T, B, D), rest, final_state) of the tokens x (T, B, width) after `state` (B, S), in the dtype of
+    `state`; of states the last alone, and of `rest` nothing. reset, padding: (T, B, 1)."""
+    x = x.transpose(0, 1)
+    reset, padding = (None if mask is None else mask[..., 0].T for mask in (reset, padding))
+    terms: Matrix = cell.gates(x, parameters, x[..., :0])
     if padding is not None:
         of_key = padding.view(*padding.shape, *[1] * (terms.key.dim() - 2))
         log_decay = terms.log_decay.masked_fill(padding[..., None, None], 0)
@@ -105,8 +59,8 @@ def _block(inputs: ScanInputs, masks, x: Tensor, parameters: Tensor, reset_state
     terms = Matrix(*(chunks(term) for term in terms[:4]))._replace(rate=rate)
     heads, n = terms.key.shape[1], terms.key.shape[-1]
     outputs, matrix = _chunks(terms, reset, *(s.unflatten(-1, (heads, n, n)) for s in (state, reset_state)))
-    outputs = outputs.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)
-    return MatrixStates(outputs[:, steps - 1 : length : steps], matrix.flatten(1))
+    outputs = outputs.permute(2, 3, 0, 1, 4).flatten(3).flatten(0, 1)[steps - 1 : length : steps]
+    return outputs, state.new_empty(0, *state.shape), matrix.flatten(1)
 
 
 def _token_a_step(terms: Matrix, reset: Tensor | None, steps: int) -> tuple[Matrix, Tensor | None]:

@@ -6,9 +6,8 @@ Under torch.func and in forward mode, which know nothing of operators' derivativ
 import torch
 from torch import Tensor
 
-from .backends import NAMESPACE, Kernels, is_transformed, kernels, resolve_backend
+from .backends import NAMESPACE, Kernels, is_transformed, kernels, register_derivative, resolve_backend
 from .cells import cell_of
-from .matrix_recurrence import matrix_kernels
 from .scan_blocks import ScanInputs, backward, empty_outputs, forward
 from .scan_plain import plain_scan
 
@@ -22,8 +21,7 @@ def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def _kernels(inputs: ScanInputs) -> Kernels:
     device_type = inputs.projected.device.type
-    backend = resolve_backend(inputs.backend, device_type, inputs.projected.dtype)
-    return matrix_kernels(inputs, backend) if inputs.cell.has_matrices else kernels(backend, device_type)
+    return kernels(resolve_backend(inputs.backend, device_type, inputs.projected.dtype), device_type)
 
 
 def _inputs(*arguments):
@@ -77,12 +75,4 @@ def _differentiate(ctx, *d_outputs):
     return *gradients, None, None, None, None
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError(
-        'minrnn_scan can be differentiated once; for second derivatives use backend="loop" (in the configuration of a '
-        'model scan_backend="loop")'
-    )
-
-
-_scan.register_autograd(_differentiate, setup_context=_save_for_backward)
-_scan_backward.register_autograd(_refuse)
+register_derivative(_scan, _scan_backward, _differentiate, _save_for_backward, "minrnn_scan")

@@ -6,7 +6,6 @@ processes.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,8 @@ from .configuration_minrnn import BACKENDS
 from .context_parallel import context_parallel_scan
 from .dense_recurrence import dense_step
 from .masks import NO_MASKS, Masks
-from .operators import ScanInputs, scan
+from .operators import scan
+from .scan_blocks import ScanInputs, ScanOutputs
 
 
 def minrnn_scan(
@@ -132,22 +132,6 @@ def linear_scan(
     if is_complex:
         return torch.complex(*outputs.chunk(2, -1)), torch.complex(*final_state.chunk(2, -1))
     return outputs, final_state
-
-
-class ScanOutputs(NamedTuple):
-    """outputs (B, T, D), final_state (B, S), and rest, what outputs do not hold of the states, as `Cell.states_of`; of
-    matrices all states, but only of the latest tokens, as many as were asked for."""
-
-    outputs: Tensor
-    rest: Tensor
-    final_state: Tensor
-
-    def all_states(self) -> Tensor:
-        """(B, T, S), after each token; of matrices after the latest."""
-        missing = self.final_state.shape[-1] - self.rest.shape[-1]
-        if missing == 0:
-            return self.rest
-        return torch.cat([self.outputs[..., :missing], self.rest], -1) if self.rest.shape[-1] else self.outputs
 
 
 def scan_states(

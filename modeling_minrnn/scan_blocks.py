@@ -1,14 +1,15 @@
 """The scan of any cell on any backend: gates by torch, a block of time at a go, around the backend's `solve`.
 
 n tokens of a block, B batch, D width of h, E log-sums. A block is time-major, (n, B, ...), and small enough to stay in
-cache between its gates and its recurrence. The backward pass computes the gates again. Their derivative is the cell's
-own where it has one, else autograd of what the cell gives, which is as exact: of (log a, b), never of a.
+cache between its gates and its recurrence. The backward pass computes each block again, but for its recurrences: their
+states are kept, and their derivative is by hand. The rest is left to autograd, of (log a, b) and never of a, which is
+as exact.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from .backends import Kernels
 from .cells import NOTHING_SEEN, Cell, Convex, Linear, LogSum, carry_dtype
 from .dense_recurrence import dense_block
+from .matrix_recurrence import block_length, matrix_block
 from .scan_torch import log_sum
 
 
@@ -49,43 +51,51 @@ class ScanInputs(NamedTuple):
         tokens = self.projected.to(self.initial_state.dtype)
         return tokens if self.padding_mask is None else tokens.masked_fill(self.padding_mask[..., None], 0)
 
-    def before(self, after: Tensor, start: Tensor, reset_state: Tensor) -> Tensor:
-        """(B, T, N), the state before each token, from the states `after` them and `start` (B, N) before them all."""
-        before = torch.cat([start[:, None], after], 1)[:, :-1]
-        return before if self.reset_mask is None else torch.where(self.reset_mask[..., None], reset_state, before)
+    def blocks(self, block_elements: int | None) -> list[tuple[int, int]]:
+        """(start, stop) of the blocks that cover T; block_elements: of state in one, None for all of T."""
+        (B, T, _), D = self.projected.shape, self.D
+        length = T if block_elements is None else max(1, block_elements // max(1, B * D))
+        length = block_length(B, D) if self.cell.has_matrices else length
+        return [(start, min(start + length, T)) for start in range(0, T, length)]
+
+    def block(self, start: int, stop: int) -> "Block":
+        x = time_major(self.projected, start, stop, self.initial_state.dtype)
+        reset, padding = (x if x is None else time_major(x[..., None], start, stop, torch.bool) for x in self[4:6])
+        return Block(_masked(x, padding, 0), reset, padding)  # whatever padding holds, its gradient is zero
 
 
 class Block(NamedTuple):
-    """Tokens start..stop: x (n, B, width), zero where padding; masks (n, B, 1)."""
+    """Some tokens: x (n, B, width), zero where padding; masks (n, B, 1)."""
 
-    start: int
-    stop: int
     x: Tensor
     reset: Tensor | None
     padding: Tensor | None
 
+    def before(self, after: Tensor, start: Tensor, reset_state: Tensor) -> Tensor:
+        """(n, B, N), the state before each token, from the states `after` them and `start` (B, N) before them all."""
+        before = torch.cat([start[None].to(after.dtype), after[:-1]])
+        return before if self.reset is None else torch.where(self.reset, reset_state.to(after.dtype), before)
 
-def blocks(inputs: ScanInputs, chosen: Kernels) -> list[tuple[int, int]]:
-    """(start, stop) of the blocks that cover T."""
-    B, T, _ = inputs.projected.shape
-    length = T if chosen.block_elements is None else max(1, chosen.block_elements // max(1, B * inputs.D))
-    return [(start, min(start + length, T)) for start in range(0, T, length)]
+
+class ScanOutputs(NamedTuple):
+    """outputs (B, T, D), final_state (B, S), and rest, what outputs do not hold of the states, as `Cell.states_of`; of
+    matrices all states, but only of the latest tokens, as many as were asked for."""
+
+    outputs: Tensor
+    rest: Tensor
+    final_state: Tensor
+
+    def all_states(self) -> Tensor:
+        """(B, T, S), after each token; of matrices after the latest."""
+        missing = self.final_state.shape[-1] - self.rest.shape[-1]
+        if missing == 0:
+            return self.rest
+        return torch.cat([self.outputs[..., :missing], self.rest], -1) if self.rest.shape[-1] else self.outputs
 
 
 def time_major(x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """(stop - start, B, ...) of x (B, T, ...), a copy that may be written to."""
     return x[:, start:stop].transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
-
-
-def load(inputs: ScanInputs, start: int, stop: int) -> Block:
-    x = time_major(inputs.projected, start, stop, inputs.initial_state.dtype)
-    reset, padding = (
-        None if mask is None else time_major(mask[..., None], start, stop, torch.bool)
-        for mask in (inputs.reset_mask, inputs.padding_mask)
-    )
-    if padding is not None:
-        x.masked_fill_(padding, 0)  # whatever is there, its gradient is zero
-    return Block(start, stop, x, reset, padding)
 
 
 def empty_outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,33 +108,45 @@ def empty_outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs.projected.new_empty(B, T, inputs.D), rest, inputs.initial_state.new_empty(B, S)
 
 
+def scan_block(
+    cell: Cell, block: Block, solver: Callable, x: Tensor, parameters: Tensor, reset_state: Tensor, state: Tensor
+) -> ScanOutputs:
+    """Of a block, time-major, after `state` (B, S); the final state is in the dtype of `state`.
+
+    solver: (terms, block, reset_state, start) -> (states after each token, the last of them in the dtype of `start`),
+        for `terms` of h and of L.
+    """
+    if cell.has_matrices:
+        return ScanOutputs(*matrix_block(cell, x, parameters, state, reset_state, block.reset, block.padding))
+    D = cell.state_width(x.shape[-1])
+    (h, L), (reset_h, reset_L) = state.tensor_split([D], -1), reset_state.tensor_split([D])
+    log_sums = before = x[..., :0]
+    if cell.system is not None:
+        states, h = dense_block(cell, x, h, reset_h, block.reset, block.padding)
+        return ScanOutputs(states, log_sums, h)
+    if L.shape[-1]:
+        log_sums, last_L = solver(cell.log_sum_gates(x, parameters), block, reset_L, L)
+        before, L = block.before(log_sums.to(x.dtype), L, reset_L), last_L
+    states, h = solver(cell.gates(x, parameters, before), block, reset_h, h)
+    if not cell.reads_out:
+        return ScanOutputs(states, log_sums, torch.cat([h, L], -1))
+    rest = torch.cat([states, log_sums], -1).to(x.dtype)
+    outputs = cell.read_out(x, parameters, block.before(rest, state, reset_state))
+    outputs = outputs if block.padding is None else torch.where(block.padding, rest[..., :D], outputs)
+    return ScanOutputs(outputs, rest, torch.cat([h, L], -1))
+
+
 def forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor]:
     """(outputs, rest, final_state) of `operators.scan`."""
-    if chosen.fuses(inputs.cell):
+    if chosen.fuses(inputs):
         return chosen.forward(inputs)
-    cell, D = inputs.cell, inputs.D
     outputs, rest, final_state = empty_outputs(inputs)
-    states, log_sums = cell.states_of(outputs, rest)
-    start_h, start_L = inputs.initial_state.tensor_split([D], -1)
-    reset_h, reset_L = inputs.reset_state.tensor_split([D])
-    h, L = (x.to(carry_dtype(x.device)) for x in (start_h, start_L))
-    for start, stop in blocks(inputs, chosen):
-        block = load(inputs, start, stop)
-        if cell.system is not None:
-            block_states, h = dense_block(cell, block.x, h, inputs.reset_state, block.reset, block.padding)
-        else:
-            if L.shape[-1]:
-                after = _log_sums(block, inputs, L)
-                log_sums[:, start:stop], L = after.transpose(0, 1), after[-1]
-            terms = cell.gates(block.x, inputs.parameters, _before(log_sums, start_L, reset_L, block))
-            block_states, h = _solve(terms, block, reset_h, h, chosen.solve)
-        states[:, start:stop] = block_states.transpose(0, 1)
-        if cell.reads_out:
-            before = _before(rest, inputs.initial_state, inputs.reset_state, block)
-            read = cell.read_out(block.x, inputs.parameters, before)
-            read = read if block.padding is None else torch.where(block.padding, block_states.to(read.dtype), read)
-            outputs[:, start:stop] = read.transpose(0, 1)
-    return outputs, rest, final_state.copy_(torch.cat([h, L], -1))
+    state, solver = inputs.initial_state.to(carry_dtype(rest.device)), functools.partial(_solve, solve=chosen.solve)
+    for start, stop in inputs.blocks(chosen.block_elements):
+        block = inputs.block(start, stop)
+        *scanned, state = scan_block(inputs.cell, block, solver, block.x, inputs.parameters, inputs.reset_state, state)
+        outputs[:, start:stop], rest[:, start:stop] = (x.transpose(0, 1) for x in scanned)
+    return outputs, rest, final_state.copy_(state)
 
 
 def backward(
@@ -137,108 +159,53 @@ def backward(
     d_final_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projected, parameters, initial_state and reset_state."""
-    if chosen.fuses(inputs.cell):
+    if chosen.fuses(inputs):
         return chosen.backward(inputs, outputs, rest, d_outputs, d_rest, d_final_state)
     dtype, like = carry_dtype(inputs.projected.device), inputs.initial_state.dtype
-    states = inputs.cell.states_of(outputs, rest)
+    states, bounds = inputs.cell.states_of(outputs, rest), inputs.blocks(chosen.block_elements)
     d_projected = torch.empty(inputs.projected.shape, dtype=inputs.projected.dtype, device=inputs.projected.device)
     d_parameters, d_reset_state = (torch.zeros_like(x, dtype=dtype) for x in (inputs.parameters, inputs.reset_state))
-    carry = d_final_state.to(dtype).tensor_split([inputs.D], -1)
-    for start, stop in reversed(blocks(inputs, chosen)):
-        block = load(inputs, start, stop)
-        upstream = [time_major(d, start, stop, like) for d in (d_outputs, d_rest)]
-        d_x, d_p, *carry = _block_backward(block, inputs, states, upstream, carry, d_reset_state, chosen.solve)
+    d_state = d_final_state.to(dtype)
+    for (start, stop), state in reversed(list(zip(bounds, _starts(inputs, bounds, states)))):
+        block = inputs.block(start, stop)
+        known = () if inputs.cell.has_matrices else [time_major(x, start, stop, like) for x in states]
+        solver = functools.partial(_Known.solve, known, chosen.solve)
+        given = block.x, inputs.parameters, inputs.reset_state.to(dtype), state
+        _, pull_back = derivative(functools.partial(scan_block, inputs.cell, block, solver), *given)
+        d_x, d_p, d_r, d_state = pull_back(*(time_major(d, start, stop, like) for d in (d_outputs, d_rest)), d_state)
         d_parameters += d_p
-        d_projected[:, start:stop] = _masked(d_x, block.padding, 0).transpose(0, 1)
-    return d_projected, d_parameters.to(like), torch.cat(carry, -1).to(like), d_reset_state.to(like)
-
-
-def _block_backward(block: Block, inputs: ScanInputs, states, upstream, carry, d_reset_state: Tensor, solve):
-    """The gradients of x, of the parameters, and of the h and L that the block starts from.
-
-    states: h and L of all tokens. upstream: the gradients (n, B, ...) of outputs and rest. carry: those of the h and L
-    after the block. d_reset_state is added to.
-    """
-    cell, D, x, parameters = inputs.cell, inputs.D, block.x, inputs.parameters
-    starts, resets = inputs.initial_state.tensor_split([D], -1), inputs.reset_state.tensor_split([D])
-    h, L = (_before(*of_one, block) for of_one in zip(states, starts, resets))
-    (d_h, d_L), (d_reset_h, d_reset_L) = carry, d_reset_state.tensor_split([D])
-    if cell.system is not None:
-        walk = functools.partial(dense_block, cell, reset=block.reset, padding=block.padding)
-        d_x, d_h, d_r = derivative(walk, x, h[0].to(d_h.dtype), resets[0])[1](upstream[0], d_h)
         d_reset_state += d_r
-        return d_x, 0, d_h, d_L
-    (up_h, up_L), gradients = upstream, []
-    if cell.reads_out:
-        _, pull_back = derivative(cell.read_out, x, parameters, torch.cat([h, L], -1))
-        *d_inputs, d_before = pull_back(_masked(up_h, block.padding, 0))
-        gradients.append(d_inputs)
-        if block.padding is not None:
-            up_L[..., :D] += _masked(up_h, ~block.padding, 0)
-        h_first, L_first = _hand_back(d_before, up_L, block, d_reset_state).tensor_split([D], -1)
-        up_h, up_L = up_L.tensor_split([D], -1)
-    terms, pull_back = _gates_and_derivative(cell, x, parameters, L)
-    d_terms, d_h = _solve_backward(terms, block, h, up_h, d_h, d_reset_h, solve)
-    *d_inputs, d_before = pull_back(*d_terms)
-    gradients.append(d_inputs)
-    if L.shape[-1]:
-        first = _hand_back(d_before, up_L, block, d_reset_L)
-        d_inputs, d_L = _log_sums_backward(block, inputs, L, up_L, d_L, d_reset_L, solve)
-        gradients.append(d_inputs)
-        d_L = d_L + first
-    if cell.reads_out:
-        d_h, d_L = d_h + h_first, d_L + L_first
-    d_x, d_p = (functools.reduce(torch.add, d) for d in zip(*gradients))
-    return d_x, d_p, d_h, d_L
+        d_projected[:, start:stop] = _masked(d_x, block.padding, 0).transpose(0, 1)
+    return d_projected, d_parameters.to(like), d_state.to(like), d_reset_state.to(like)
 
 
-def _hand_back(d_before: Tensor, upstream: Tensor, block: Block, d_reset_state: Tensor) -> Tensor:
-    """Add the gradients of the states before each token to those of the states after, `upstream`, and d_reset_state;
-    return that of the state before the block."""
-    if block.reset is not None:
-        d_reset_state += (d_before * block.reset).sum((0, 1))
-        d_before = _masked(d_before, block.reset, 0)
-    upstream[:-1] += d_before[1:]
-    return d_before[0]
+def _starts(inputs: ScanInputs, bounds: list[tuple[int, int]], states: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The state before each block, from the h and L after each token. Matrices are not kept: they are computed."""
+    starts = [inputs.initial_state.to(carry_dtype(inputs.initial_state.device))]
+    for start, stop in bounds[:-1]:
+        if inputs.cell.has_matrices:
+            block = inputs.block(start, stop)
+            given = block.x, inputs.parameters, inputs.reset_state, starts[-1]
+            starts.append(scan_block(inputs.cell, block, NotImplemented, *given).final_state)
+        else:
+            starts.append(torch.cat([x[:, stop - 1] for x in states], -1).to(starts[0].dtype))
+    return starts
 
 
-def derivative(function: Callable, *arguments: Tensor) -> tuple[Any, Callable]:
-    """function(*arguments), a tensor or a NamedTuple, and the map of its gradients to those of the arguments."""
-    leaves = [x.detach().requires_grad_() for x in arguments]
+def derivative(function: Callable, *arguments: Tensor) -> tuple[list[Tensor], Callable]:
+    """function(*arguments), a tuple of tensors, and the map of their gradients to those of the arguments."""
+    leaves, keys = [x.detach().requires_grad_() for x in arguments], torch._C.DispatchKey
     # Within an operator torch does not record what autograd needs, unless its dispatcher is told to.
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradOther, torch._C.DispatchKey.AutogradCPU):
-        excluded = excluded.remove(key)
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(keys.AutogradOther).remove(keys.AutogradCPU)
     recording = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
     with recording, torch.enable_grad():
         outputs = function(*leaves)
 
-    many = [outputs] if isinstance(outputs, Tensor) else outputs
-
     def pull_back(*d_outputs: Tensor) -> tuple[Tensor, ...]:
-        pairs = [(y, d_y.to(y.dtype)) for y, d_y in zip(many, d_outputs) if d_y is not None and y.requires_grad]
-        if not pairs:
-            return tuple(map(torch.zeros_like, leaves))
-        roots, gradients = zip(*pairs)
+        roots, gradients = zip(*((y, d.to(y.dtype)) for y, d in zip(outputs, d_outputs) if y.requires_grad))
         return torch.autograd.grad(roots, leaves, gradients, materialize_grads=True)
 
-    detached = [y if y is None else y.detach() for y in many]
-    return detached[0] if isinstance(outputs, Tensor) else outputs._make(detached), pull_back
-
-
-def _gates_and_derivative(cell: Cell, x: Tensor, parameters: Tensor, log_sums: Tensor) -> tuple[Any, Callable]:
-    if type(cell).gates_backward is Cell.gates_backward:
-        return derivative(cell.gates, x, parameters, log_sums)
-    no_parameters = torch.zeros_like(parameters)
-    return cell.gates(x, parameters, log_sums), lambda *d: (cell.gates_backward(x, *d), no_parameters, None)
-
-
-def _before(states: Tensor, start: Tensor, reset_state: Tensor, block: Block) -> Tensor:
-    """(n, B, D), the state before each token of a block, from the states (B, T, D) after them."""
-    before = torch.empty(*block.x.shape[:2], states.shape[-1], dtype=start.dtype, device=states.device)
-    before[0] = start if block.start == 0 else states[:, block.start - 1]
-    before[1:] = states[:, block.start : block.stop - 1].transpose(0, 1)
-    return before if block.reset is None else torch.where(block.reset, reset_state, before)
+    return [y.detach() for y in outputs], pull_back
 
 
 def _masked(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
@@ -250,20 +217,18 @@ def _masked(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
 # number, the block is solved in a frame that turns along.
 
 
-def _turns(terms: Convex | Linear, block: Block) -> tuple[Linear, Linear, Linear] | None:
+def _turns(terms: Convex | Linear, block: Block) -> tuple[Convex | Linear, ...]:
     """What turns h as each token does; as all since the start of the block up to each; and as all of them do."""
-    if isinstance(terms, Convex) or (terms.sign is None and terms.phase is None):
-        return None
-    (n, B), dtype = block.x.shape[:2], carry_dtype(block.x.device)
-    if terms.sign is not None:
-        sign = _masked(terms.sign, block.padding, 1).expand(n, B, -1)
+    if isinstance(terms, Linear) and terms.sign is not None:
+        sign = _masked(terms.sign, block.padding, 1).expand(*block.x.shape[:2], -1)
         signs = sign.cumprod(0)
         return terms._replace(sign=sign), terms._replace(sign=signs), terms._replace(sign=signs[-1])
-    assert terms.phase is not None
-    phase = _masked(terms.phase, block.padding, 0)
-    phase = phase.expand(n, *phase.shape[1:]) if phase.dim() == 3 else phase.expand(n, 1, -1)
-    angle = phase.to(dtype).cumsum(0)  # float32 would keep few digits of many turns
-    return terms._replace(phase=phase), terms._replace(phase=angle), terms._replace(phase=angle[-1])
+    if isinstance(terms, Linear) and terms.phase is not None:
+        phase, n = _masked(terms.phase, block.padding, 0), len(block.x)
+        phase = phase.expand(n, *phase.shape[1:]) if phase.dim() == 3 else phase.expand(n, 1, -1)
+        angle = phase.to(carry_dtype(phase.device)).cumsum(0)  # float32 would keep few digits of many turns
+        return terms._replace(phase=phase), terms._replace(phase=angle), terms._replace(phase=angle[-1])
+    return terms, terms, terms
 
 
 def _share(terms: Convex | Linear, block: Block) -> Tensor:
@@ -295,58 +260,73 @@ def _flow(share: Tensor, a: Tensor, upstream: Tensor, carry: Tensor, block: Bloc
 
 
 def _solve(
-    terms: Convex | Linear, block: Block, reset_state: Tensor, carry: Tensor, solve: Callable
+    terms: Convex | Linear | LogSum, block: Block, reset_state: Tensor, carry: Tensor, solve: Callable
 ) -> tuple[Tensor, Tensor]:
-    """h (n, B, D) of a block that starts from `carry` (B, D), and the last of it in the dtype of `carry`."""
-    share, turns = _share(terms, block), _turns(terms, block)
+    """h or L (n, B, N) of a block that starts from `carry` (B, N), and the last of it in the dtype of `carry`."""
+    if isinstance(terms, LogSum):
+        return _log_sums(terms, block, reset_state, carry)
+    share, (each, frame, end) = _share(terms, block), _turns(terms, block)
     if isinstance(terms, Convex):
         inflow = share.ceil().sub_(share).mul_(terms.candidate)
     else:
         inflow = terms.inflow
     inflow = _masked(inflow, block.padding, 0).expand(share.shape)
     if block.reset is not None:
-        state = (share - share.floor()) * (reset_state if turns is None else turns[0].turned(reset_state))
+        state = (share - share.floor()) * each.turned(reset_state)
         inflow = torch.where(block.reset, inflow + state, inflow)
         share = torch.where(block.reset, 0, share)
-    if turns is None:
-        return solve(share, inflow, carry)
-    _, frame, end = turns
     states, carry = solve(share, frame.turned(inflow, back=True), carry)
     return frame.turned(states), end.turned(carry)
 
 
-def _solve_backward(
-    terms: Convex | Linear,
-    block: Block,
-    before: Tensor,
-    upstream: Tensor,
-    carry: Tensor,
-    d_reset_state: Tensor,
-    solve: Callable,
-) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients of the terms, and of the h that the block starts from; d_reset_state is added to."""
-    share, turns = _share(terms, block), _turns(terms, block)
-    a = share - share.floor()
-    if turns is None:
-        d, start = _flow(share, a, upstream, carry, block, solve)
-    else:
-        each, frame, end = turns
-        d, start = _flow(share, a, frame.turned(upstream, back=True), end.turned(carry, back=True), block, solve)
+class _Known(torch.autograd.Function):
+    """`_solve` with its derivative, where the states are known."""
+
+    @staticmethod
+    def solve(known, solve, terms, block, reset_state, start):
+        """known: h and L after each token of the block."""
+        states = known[1] if isinstance(terms, LogSum) else known[0]
+        return _Known.apply(solve, type(terms), block, states, reset_state, start, *terms)
+
+    @staticmethod
+    def forward(ctx, solve, kind, block, states, reset_state, start, *terms):
+        ctx.solve, ctx.kind, ctx.block = solve, kind, block
+        ctx.save_for_backward(states, reset_state, start, *terms)
+        return states, states[-1].to(start.dtype)
+
+    @staticmethod
+    def backward(ctx, d_states, d_last):
+        (states, reset_state, start, *terms), block = ctx.saved_tensors, ctx.block
+        gates, before = ctx.kind(*terms), block.before(states, start, reset_state)
+        if ctx.kind is LogSum:
+            # dL/d(L + log_decay) is a and dL/d score is 1 - a, with these log-odds.
+            log_decay, score = _log_sum_terms(gates, block, before)
+            gates = Convex(score - (before + log_decay), score)
+        share, (each, frame, end) = _share(gates, block), _turns(gates, block)
+        a, d_reset_state = share - share.floor(), None
+        upstream, carry = frame.turned(d_states, back=True), end.turned(d_last, back=True)
+        d, d_start = _flow(share, a, upstream, carry, block, ctx.solve)
         d = frame.turned(d)
-    if block.reset is not None:
-        to_reset_state = a * d if turns is None else each.turned(a * d, back=True)
-        d_reset_state += (to_reset_state * block.reset).sum((0, 1))
-    d = _masked(d, block.padding, 0)
-    if isinstance(terms, Convex):
-        d_candidate = share.ceil().sub_(share).mul_(d)
-        return [before.neg_().add_(terms.candidate).mul_(a).mul_(d_candidate), d_candidate], start
-    kept = a * (before if turns is None else each.turned(before))  # of h before the token
-    d_log_decay, d_phase = kept * d, None
-    if terms.phase is not None:
+        if block.reset is not None:
+            d_reset_state = (each.turned(a * d, back=True) * block.reset).sum((0, 1))
+        d = _masked(d, block.padding, 0)
+        if ctx.kind is LogSum:
+            d_terms = [a * d, (share.ceil() - share) * d]
+        elif ctx.kind is Convex:
+            d_candidate = share.ceil().sub_(share).mul_(d)
+            d_terms = [before.neg_().add_(gates.candidate).mul_(a).mul_(d_candidate), d_candidate]
+        else:
+            d_terms = _Known.of_linear(gates, a * each.turned(before), d)
+        d_terms = [None if d is None else d.sum_to_size(x.shape) for d, x in zip(d_terms, terms)]
+        return None, None, None, None, d_reset_state, d_start, *d_terms
+
+    @staticmethod
+    def of_linear(terms, kept, d):
+        """kept: what is left of h before each token. d: the gradient of h after it."""
+        if terms.phase is None:
+            return kept * d, d, None, None
         (real, imaginary), (d_real, d_imaginary) = kept.chunk(2, -1), d.chunk(2, -1)
-        d_log_decay = torch.add(*d_log_decay.chunk(2, -1))
-        d_phase = (real * d_imaginary - imaginary * d_real).sum_to_size(terms.phase.shape)
-    return [d_log_decay.sum_to_size(terms.log_decay.shape), d.sum_to_size(terms.inflow.shape), None, d_phase], start
+        return torch.add(*(kept * d).chunk(2, -1)), d, None, real * d_imaginary - imaginary * d_real
 
 
 # The recurrence of L: the same with additions for products, and logaddexp for additions.
@@ -359,29 +339,10 @@ def _log_sum_terms(terms: LogSum, block: Block, like: Tensor) -> tuple[Tensor, T
     return _masked(log_decay, block.padding, 0), _masked(score, block.padding, NOTHING_SEEN)
 
 
-def _log_sums(block: Block, inputs: ScanInputs, carry: Tensor) -> Tensor:
-    """L after each token of a block that starts from `carry` (B, E)."""
-    log_decay, score = _log_sum_terms(inputs.cell.log_sum_gates(block.x, inputs.parameters), block, carry)
+def _log_sums(terms: LogSum, block: Block, reset_state: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+    log_decay, score = _log_sum_terms(terms, block, carry)
     if block.reset is not None:
-        reset_state = inputs.reset_state[inputs.D :].to(carry.dtype)
-        score = torch.where(block.reset, torch.logaddexp(reset_state + log_decay, score), score)
+        score = torch.where(block.reset, torch.logaddexp(reset_state.to(carry.dtype) + log_decay, score), score)
         log_decay = torch.where(block.reset, -math.inf, log_decay)
-    return log_sum(log_decay.contiguous(), score.contiguous(), carry)
-
-
-def _log_sums_backward(
-    block: Block, inputs: ScanInputs, before: Tensor, upstream: Tensor, carry: Tensor, d_reset_state: Tensor, solve
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """What the log-sums add to the gradients of x and the parameters, and the gradient of the L that the block starts
-    from; d_reset_state is added to."""
-    terms, pull_back = derivative(inputs.cell.log_sum_gates, block.x, inputs.parameters)
-    log_decay, score = _log_sum_terms(terms, block, before)
-    # dL/d(L + log_decay) is a and dL/d score is 1 - a, with these log-odds.
-    log_odds = score - (before + log_decay)
-    share = _share(Convex(log_odds, score), block)
-    a, z = share - share.floor(), share.ceil() - share
-    d, start = _flow(share, a, upstream, carry, block, solve)
-    if block.reset is not None:
-        d_reset_state += (a * d * block.reset).sum((0, 1))
-    d_log_decay, d_score = _masked(a * d, block.padding, 0), _masked(z * d, block.padding, 0)
-    return pull_back(d_log_decay.sum_to_size(terms[0].shape), d_score.sum_to_size(terms[1].shape)), start
+    states = log_sum(log_decay.contiguous(), score.contiguous(), carry)
+    return states, states[-1]

@@ -100,9 +100,21 @@ floats, doubles, flags = array_of(numba.float32), array_of(numba.float64), array
 
 
 @numba.njit(inline="always")
+def is_set(mask, token):
+    """Of a mask at an address, which is 0 where there is none."""
+    return mask != 0 and flags(mask)[token] != 0
+
+
+@numba.njit(inline="always")
 def state_at(h, h_start, L, L_start, place):
     """Of rows that begin at h_start and L_start: the channels, and log-sums, of `place`."""
     return h[h_start + place[0] : h_start + place[1]], L[L_start + place[2] : L_start + place[3]]
+
+
+@numba.njit(inline="always")
+def whole_state_at(states, start, D, place):
+    """Of h and log-sums that lie one behind the other: what is at `place`."""
+    return state_at(states, start, states, start + D, place)
 
 
 @numba.njit(inline="always")
@@ -159,12 +171,16 @@ def allocate(typing_context, size):
 
 @intrinsic
 def release(typing_context, address):
+    """address: of `allocate`, or of the data of an array that lies there."""
+
     def generate(context, builder, signature, arguments):
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
-        builder.call(get_or_insert_function(builder.module, kind, "free"), arguments)
+        (address,), pointer = arguments, ir.IntType(8).as_pointer()
+        address = builder.inttoptr(address, pointer) if isinstance(address.type, ir.IntType) else address
+        kind = ir.FunctionType(ir.VoidType(), [pointer])
+        builder.call(get_or_insert_function(builder.module, kind, "free"), [address])
         return context.get_dummy_value()
 
-    return void(voidptr), generate
+    return void(address), generate
 
 
 def fetch_line(builder, address):
@@ -376,16 +392,20 @@ def hgrn_pull_back(forget, x, bound, share, rest, s, h, d):
 
 
 MINGRU, MINLSTM, LINEAR, SIGNED, RGLRU, HGRN, AAREN, RWKV = 0, 1, 2, 4, 8, 16, 32, 64
+HGRN2, DELTA = 128, 256  # of `matrix_numba.py`
+LARGEST = 256  # numbers of a head of these: of more, products of matrices are as fast
 # LINEAR: the candidate is x itself. AAREN and RWKV are minGRU with log-odds by log-sums.
 LOG_SUMS = AAREN | RWKV | RGLRU
 CODES = {"mingru": MINGRU, "minlstm": MINLSTM, "mingru_signed": SIGNED, "rglru": RGLRU, "hgrn": HGRN}
 CODES |= {f"{name}:candidate=linear": CODES[name] | LINEAR for name in ("mingru", "minlstm")}
-CODES |= {"aaren": AAREN | LINEAR, "rwkv4": RWKV | LINEAR}
+CODES |= {"aaren": AAREN | LINEAR, "rwkv4": RWKV | LINEAR, "hgrn2": HGRN2, "gated_delta": DELTA}
+OPTIONS_OF_SHAPES = ("num_heads=", "householder_steps=")  # which a kernel sees
 
 
+@functools.cache
 def code_of(cell: Cell) -> int:
-    """Which gates of this file are those of a cell; -1 for a cell that has none."""
-    return CODES.get(cell.spec.partition(":num_heads=")[0], -1)
+    """Which kernel computes a cell in one pass; -1 for a cell that has none."""
+    return CODES.get(":".join(x for x in cell.spec.split(":") if not x.startswith(OPTIONS_OF_SHAPES)), -1)
 
 
 @numba.njit(inline="always")
@@ -566,40 +586,42 @@ def rwkv_backward_row(p, q, before, d_out, d_after, carries, d_p, d_q, rows, bac
 PREFETCHED_AHEAD = 2**14  # bytes of `projected`
 
 INPUTS = (
-    voidptr, int64, int64, int64, int64, int64,  # projected, stride_b, stride_t, T, D, E
+    voidptr, int64, int64, int64, int64, int64,  # projected, stride_b, stride_t, T, D, S
     voidptr, voidptr, voidptr,  # initial_state, reset_state, q
-    voidptr, int64, voidptr, int64,  # reset and padding tokens, each with whether there are any
-    voidptr, int64, voidptr, int64,  # states and log_sums, each with how many numbers from one token to the next
+    int64, int64,  # addresses of the masks of resets and padding, 0 for none
 )  # fmt: skip
+STATES = (voidptr, int64, voidptr, int64)  # h and log-sums, each with how many numbers from one token to the next
+STRIDED = (voidptr, int64, int64)  # with strides of B and T
+GRADIENTS = (voidptr, int64, voidptr, voidptr, voidptr, int64)  # of projected, with its stride of T, and as `backward`
 
 
 @functools.cache  # each cell is compiled by itself, when it is used
 def forward_kernel_of(code: int, columns: int):
     """The kernel of a cell with so many blocks of `projected`."""
 
-    @compile_kernel(*INPUTS, voidptr, voidptr)
+    @compile_kernel(*INPUTS, *STATES, voidptr, voidptr)
     def forward_kernel(
-        projected, stride_b, stride_t, T, D, E, initial_state, reset_state, q, reset_mask, resets, padding_mask,
-        paddings, states, H, log_sums, R, outputs, final_state, b_start, b_stop, d_start, d_stop,
+        projected, stride_b, stride_t, T, D, S, initial_state, reset_state, q, reset_mask, padding_mask, states, H,
+        log_sums, R, outputs, final_state, b_start, b_stop, d_start, d_stop,
     ):  # fmt: skip
         projected, initial_state, reset_state = floats(projected), floats(initial_state), floats(reset_state)
         states, log_sums, outputs, final_state = floats(states), floats(log_sums), floats(outputs), floats(final_state)
-        reset_mask, padding_mask, q = flags(reset_mask), flags(padding_mask), floats(q)
+        q, E = floats(q), S - D
         place = d_start, d_stop, d_start * E // D, (d_stop * E + D - 1) // D
-        q = state_at(q, 0, q, D, (d_start, d_stop, d_start, d_stop))
+        q = whole_state_at(q, 0, D, (d_start, d_stop, d_start, d_stop))
         width, n = d_stop - d_start, place[3] - place[2]
         scratch, wide_scratch = allocate(4 * 6 * width), allocate(8 * 3 * width)
         rows, wide = numba.carray(scratch, (6, width), np.float32), numba.carray(wide_scratch, (3, width), np.float64)
         carry, L, larger = wide[0], wide[1][:n], wide[2]
         for b in range(b_start, b_stop):
-            copy((carry, L), state_at(initial_state, b * (D + E), initial_state, b * (D + E) + D, place))
+            copy((carry, L), whole_state_at(initial_state, b * S, D, place))
             for t in range(T):
                 row = b * T + t
                 after = state_at(states, row * H, log_sums, row * R, place)
                 out = outputs[row * D + d_start : row * D + d_stop]
-                if resets and reset_mask[row]:
-                    copy((carry, L), state_at(reset_state, 0, reset_state, D, place))
-                if paddings and padding_mask[row]:
+                if is_set(reset_mask, row):
+                    copy((carry, L), whole_state_at(reset_state, 0, D, place))
+                if is_set(padding_mask, row):
                     copy(after, (carry, L))
                     for d in range(width):  # `out[:] = after[0]` would compile, for seconds, the text of an error
                         out[d] = after[0][d]
@@ -612,7 +634,7 @@ def forward_kernel_of(code: int, columns: int):
                     if code & LOG_SUMS:
                         for e in range(n):
                             after[1][e] = L[e]
-            copy(state_at(final_state, b * (D + E), final_state, b * (D + E) + D, place), (carry, L))
+            copy(whole_state_at(final_state, b * S, D, place), (carry, L))
         release(scratch)
         release(wide_scratch)
 
@@ -623,23 +645,19 @@ def forward_kernel_of(code: int, columns: int):
 def backward_kernel_of(code: int, columns: int):
     """As `forward_kernel_of`."""
 
-    @compile_kernel(
-        *INPUTS, voidptr, int64, int64, voidptr, int64, int64, voidptr, int64, int64,
-        voidptr, voidptr, int64, voidptr, voidptr, voidptr,
-    )  # fmt: skip
+    @compile_kernel(*INPUTS, *STATES, *STRIDED, *STRIDED, *STRIDED, voidptr, *GRADIENTS)
     def backward_kernel(
-        projected, stride_b, stride_t, T, D, E, initial_state, reset_state, q, reset_mask, resets, padding_mask,
-        paddings, states, H, log_sums, R, d_outputs, out_b, out_t, d_states, h_b, h_t, d_log_sums, L_b, L_t,
-        d_final_state, d_projected, d_stride, d_initial_state, d_reset_state, d_q, b_start, b_stop, d_start, d_stop,
+        projected, stride_b, stride_t, T, D, S, initial_state, reset_state, q, reset_mask, padding_mask, states, H,
+        log_sums, R, d_outputs, out_b, out_t, d_states, h_b, h_t, d_log_sums, L_b, L_t, d_final_state, d_projected,
+        d_stride, d_initial_state, d_reset_state, d_q, Q, b_start, b_stop, d_start, d_stop,
     ):  # fmt: skip
         projected, initial_state, reset_state = floats(projected), floats(initial_state), floats(reset_state)
         states, log_sums, d_outputs, d_states = floats(states), floats(log_sums), floats(d_outputs), floats(d_states)
         d_log_sums, d_final_state, d_projected = floats(d_log_sums), floats(d_final_state), floats(d_projected)
         d_initial_state, d_reset_state, d_q = floats(d_initial_state), doubles(d_reset_state), doubles(d_q)
-        reset_mask, padding_mask, q = flags(reset_mask), flags(padding_mask), floats(q)
-        place = d_start, d_stop, d_start * E // D, (d_stop * E + D - 1) // D
+        E, place = S - D, (d_start, d_stop, d_start * (S - D) // D, (d_stop * (S - D) + D - 1) // D)
         channels = d_start, d_stop, d_start, d_stop
-        q, S = state_at(q, 0, q, D, channels), D + E
+        q = whole_state_at(floats(q), 0, D, channels)
         width, n = d_stop - d_start, place[3] - place[2]
         ahead = max(1, PREFETCHED_AHEAD // (4 * columns * D))
         back = ahead * stride_t, ahead * d_stride, ahead * H, ahead * R, ahead * out_t
@@ -648,7 +666,7 @@ def backward_kernel_of(code: int, columns: int):
         # Gradients of the state that the token on the right received, and of what resets return to.
         carry, to_reset = (wide[0], wide[1][:n]), (wide[2], wide[3][:n])
         for b in range(b_start, b_stop):
-            copy(carry, state_at(d_final_state, b * S, d_final_state, b * S + D, place))
+            copy(carry, whole_state_at(d_final_state, b * S, D, place))
             clear(to_reset)
             for t in range(T - 1, -1, -1):
                 row = b * T + t
@@ -658,23 +676,23 @@ def backward_kernel_of(code: int, columns: int):
                 before = state_at(states, (row - 1) * H, log_sums, (row - 1) * R, place)
                 d_after = state_at(d_states, up_h, d_log_sums, b * L_b + t * L_t, place)
                 d_out = d_outputs[up + d_start : up + d_stop]
-                if paddings and padding_mask[row]:
+                if is_set(padding_mask, row):
                     pass_over(code, carry, d_after, d_out, d_p)
                 else:
-                    if resets and reset_mask[row]:
-                        before = state_at(reset_state, 0, reset_state, D, place)
+                    if is_set(reset_mask, row):
+                        before = whole_state_at(reset_state, 0, D, place)
                     elif t == 0:
-                        before = state_at(initial_state, b * S, initial_state, b * S + D, place)
-                    d_q_row = state_at(d_q, 2 * b * D, d_q, 2 * b * D + D, channels)
+                        before = whole_state_at(initial_state, b * S, D, place)
+                    d_q_row = whole_state_at(d_q, b * Q, D, channels)
                     if code & RWKV:
                         rwkv_backward_row(p, q, before, d_out, d_after, carry, d_p, d_q_row, rows, back)
                     else:
                         backward_row(code, columns, p, q, before, d_after, carry, d_p, d_q_row, rows, back)
-                if resets and reset_mask[row]:
+                if is_set(reset_mask, row):
                     add(to_reset, carry)
                     clear(carry)
-            copy(state_at(d_initial_state, b * S, d_initial_state, b * S + D, place), carry)
-            copy(state_at(d_reset_state, b * S, d_reset_state, b * S + D, place), to_reset)
+            copy(whole_state_at(d_initial_state, b * S, D, place), carry)
+            copy(whole_state_at(d_reset_state, b * S, D, place), to_reset)
         release(scratch)
         release(wide_scratch)
 
@@ -715,7 +733,7 @@ def run(kernel, arguments, B, D, unit=16):
     compiled = kernel()
 
     def call(part):  # holds the tensors of `arguments` for as long as the kernel has their addresses
-        compiled(*(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments), *part)
+        compiled(*(value.data_ptr() if isinstance(value, torch.Tensor) else value or 0 for value in arguments), *part)
 
     threads = torch.get_num_threads()
     if B >= threads:
@@ -750,84 +768,96 @@ def dense(tensor):
 CONVERTED_AT_ONCE = 2**17  # elements of `projected`; with what is computed from them they stay in the cache of a core
 
 
-def row_groups(projected):
-    """Slices of B. Of other dtypes than float32 a few rows are converted at a time: copies of all of them would cost
-    more than the recurrence, most of it for memory that the system hands out and takes back at each call."""
-    B, T, width = projected.shape
-    rows = max(torch.get_num_threads(), CONVERTED_AT_ONCE // (T * width))
-    return [slice(B)] if projected.dtype == torch.float32 else [slice(i, i + rows) for i in range(0, B, rows)]
+def by_rows(inputs: ScanInputs, q, target):
+    """Of some rows of the batch at a time: a slice of B, INPUTS, and where a kernel writes what goes to `target`.
+
+    Of other dtypes than float32 a few rows are converted at a time: copies of all of them would cost more than the
+    recurrence, most of it for memory that the system hands out and takes back at each call.
+    """
+    B, T, width = inputs.projected.shape
+    is_float32 = inputs.projected.dtype == torch.float32
+    size = max(1, B) if is_float32 else max(torch.get_num_threads(), CONVERTED_AT_ONCE // (T * width))
+    for start in range(0, B, size):
+        rows = slice(start, start + size)
+        masks = [None if x is None else x[rows].contiguous() for x in (inputs.reset_mask, inputs.padding_mask)]
+        given = (
+            *strided(inputs.projected[rows]), T, inputs.D, len(inputs.reset_state),
+            dense(inputs.initial_state[rows]), dense(inputs.reset_state), q, *masks,
+        )  # fmt: skip
+        part = target[rows]
+        written = part if is_float32 else torch.empty(part.shape, dtype=torch.float32)
+        yield rows, given, written
+        part.copy_(written)  # nothing to do in float32, where they are the same
 
 
-def output(tensor):
-    """Where a kernel writes what is then copied to `tensor`: itself in float32, which a copy leaves as it is."""
-    return tensor if tensor.dtype == torch.float32 else torch.empty(tensor.shape, dtype=torch.float32)
+OF_FIRST = {RGLRU: lambda x: 8 * softplus(x), HGRN: torch.sigmoid, HGRN2: torch.sigmoid}
 
 
 def derived(cell, parameters):
-    """q (1 or 2, D) of the kernels, from the parameters of a cell."""
+    """(q,) of the kernels, (1 or 2, channels), from the parameters of a cell."""
     first, *others = parameters
-    of_first = {"rglru": lambda x: 8 * softplus(x), "hgrn": torch.sigmoid, "rwkv4": torch.exp}
-    of_first |= {"hgrn2": torch.sigmoid, "gated_delta": torch.exp}
-    return torch.stack([of_first[cell.name](first), *others])
+    return (torch.stack([OF_FIRST.get(code_of(cell), torch.exp)(first), *others]),)
 
 
-def _kernel_and_q(inputs: ScanInputs, kernel_of):
-    """What runs a kernel on arguments of B rows, its q, and the map of the gradient of q to that of the parameters."""
+def q_and_derivative(inputs: ScanInputs):
+    """`derived`, or zeros for a cell without parameters, and the map of its gradient to theirs."""
+    if not len(inputs.parameters):
+        return torch.zeros(1, inputs.D, dtype=torch.float32), lambda d_q: [torch.zeros_like(inputs.parameters)]
+    (q,), pull_back = derivative(functools.partial(derived, inputs.cell), inputs.parameters)
+    return dense(q), pull_back
+
+
+def launcher(inputs: ScanInputs, is_forward: bool):
+    """What runs a kernel with its arguments on B rows."""
+    if inputs.cell.has_matrices:
+        from .matrix_numba import launcher as of_matrices
+
+        return of_matrices(inputs, is_forward)
     D, code = inputs.D, code_of(inputs.cell)
-    E = inputs.cell.log_sums(D)
-    q, pull_back = torch.zeros(1, D, dtype=torch.float32), lambda d_q: [torch.zeros_like(inputs.parameters)]
-    if len(inputs.parameters):
-        q, pull_back = derivative(functools.partial(derived, inputs.cell), inputs.parameters)
-    unit = math.lcm(16, D // E) if code & AAREN else 16  # heads stay whole
-    kernel = kernel_of(code, len(inputs.cell.blocks(D)))
-    return lambda arguments, B: run(kernel, arguments, B, D, unit), dense(q), pull_back
+    kernel = (forward_kernel_of if is_forward else backward_kernel_of)(code, len(inputs.cell.blocks(D)))
+    unit = math.lcm(16, D // inputs.cell.log_sums(D)) if code & AAREN else 16  # heads stay whole
+    return lambda arguments, B: run(kernel, arguments, B, D, unit)
 
 
-def _arguments(rows, inputs: ScanInputs, q, outputs, rest):
-    """INPUTS, for some rows of the batch: outputs and rest are those of these rows."""
-    D, T = inputs.D, inputs.projected.shape[1]
-    masks = [None if x is None else x[rows].contiguous() for x in (inputs.reset_mask, inputs.padding_mask)]
-    sizes = [0 if mask is None else 1 for mask in masks]
-    R, S = rest.shape[-1], len(inputs.reset_state)
-    h, L = inputs.cell.states_of(outputs, rest)
-    return (
-        *strided(inputs.projected[rows]), T, D, S - D, dense(inputs.initial_state[rows]), dense(inputs.reset_state), q,
-        masks[0], sizes[0], masks[1], sizes[1], h, R if inputs.cell.reads_out else D, L, R,
-    )  # fmt: skip
+def states_of(inputs: ScanInputs, outputs, rest):
+    """STATES, of cells that have them."""
+    if inputs.cell.has_matrices:
+        return ()
+    (h, L), R = inputs.cell.states_of(outputs, rest), rest.shape[-1]
+    return h, R if inputs.cell.reads_out else inputs.D, L, R
+
+
+def fuses(inputs: ScanInputs) -> bool:
+    """Whether `forward` and `backward` compute a cell."""
+    is_small = not inputs.cell.has_matrices or len(inputs.reset_state) // inputs.D <= LARGEST
+    return code_of(inputs.cell) >= 0 and is_small
 
 
 def forward(inputs: ScanInputs):
-    """As `scan_blocks.forward`, for a cell of CODES."""
-    B, T, _ = inputs.projected.shape
+    """As `scan_blocks.forward`, for a cell that `fuses`."""
     outputs, rest, final_state = empty_outputs(inputs)
-    call, q, _ = _kernel_and_q(inputs, forward_kernel_of)
-    for rows in row_groups(inputs.projected):
-        part = outputs[rows]
-        written = output(part)
-        call((*_arguments(rows, inputs, q, written, rest[rows]), written, final_state[rows]), len(part))
-        part.copy_(written)
+    launch, (q, _) = launcher(inputs, True), q_and_derivative(inputs)
+    for rows, given, written in by_rows(inputs, q, outputs):
+        launch((*given, *states_of(inputs, written, rest[rows]), written, final_state[rows]), len(written))
     return outputs, rest, final_state
 
 
 def backward(inputs: ScanInputs, outputs, rest, d_outputs, d_rest, d_final_state):
-    """As `scan_blocks.backward`, for a cell of CODES."""
-    (B, S), D = d_final_state.shape, inputs.D
+    """As `scan_blocks.backward`, for a cell that `fuses`."""
+    launch, (q, pull_back) = launcher(inputs, False), q_and_derivative(inputs)
     d_projected = torch.empty(inputs.projected.shape, dtype=inputs.projected.dtype)
-    d_initial_state = torch.empty(B, S, dtype=torch.float32)
-    d_reset_state = torch.empty(B, S, dtype=torch.float64)
-    d_q = torch.zeros(B, 2, D, dtype=torch.float64)
-    call, q, pull_back = _kernel_and_q(inputs, backward_kernel_of)
-    for rows in row_groups(inputs.projected):
-        part = d_projected[rows]
-        written = output(part)
-        d_out = strided(d_outputs[rows])
-        d_h, d_L = inputs.cell.states_of(d_out[0], d_rest[rows])
-        upstream = *d_out, *strided(d_h), *strided(d_L), dense(d_final_state[rows])
-        downstream = written, written.shape[-1], d_initial_state[rows], d_reset_state[rows], d_q[rows]
-        given = _arguments(rows, inputs, q, dense(outputs[rows]), rest[rows].contiguous())
-        call((*given, *upstream, *downstream), len(part))
-        part.copy_(written)
-    (d_parameters,) = pull_back(d_q.sum(0)[: len(q)])
+    d_initial_state = torch.empty(d_final_state.shape, dtype=torch.float32)
+    d_reset_state = torch.empty(d_final_state.shape, dtype=torch.float64)  # of each row of the batch
+    d_q = torch.zeros(len(d_final_state), *q.shape, dtype=torch.float64)
+    for rows, given, written in by_rows(inputs, q, d_projected):
+        states = states_of(inputs, dense(outputs[rows]), rest[rows].contiguous())
+        d_out, upstream = strided(d_outputs[rows]), ()
+        if states:
+            d_h, d_L = inputs.cell.states_of(d_out[0], d_rest[rows])
+            upstream = *strided(d_h), *strided(d_L)
+        downstream = written, written.shape[-1], d_initial_state[rows], d_reset_state[rows], d_q[rows], q.numel()
+        launch((*given, *states, *d_out, *upstream, dense(d_final_state[rows]), *downstream), len(written))
+    (d_parameters,) = pull_back(d_q.sum(0))
     return d_projected, d_parameters, d_initial_state, d_reset_state.sum(0).to(torch.float32)
 
 
@@ -844,4 +874,4 @@ def solve(share, inflow, carry, reverse=False):
     return states, carry
 
 
-NUMBA_KERNELS = Kernels(solve, BLOCK_ELEMENTS, lambda cell: code_of(cell) >= 0, forward, backward, COMPILED["numba"])
+NUMBA_KERNELS = Kernels(solve, BLOCK_ELEMENTS, fuses, forward, backward, COMPILED["numba"])

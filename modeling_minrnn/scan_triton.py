@@ -557,7 +557,13 @@ def processors(device: torch.device) -> int:
     return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
 
 
+def _fuses(inputs: ScanInputs) -> bool:
+    return inputs.cell.spec in FUSED
+
+
 def triton_kernels(batch_invariant: bool) -> Kernels:
     fixed = functools.partial(functools.partial, batch_invariant=batch_invariant)
     devices = ("cpu",) if INTERPRETED else COMPILED["triton"]
-    return Kernels(fixed(solve), None, lambda cell: cell.spec in FUSED, fixed(forward), fixed(backward), devices)
+    return Kernels(
+        fixed(solve), None, lambda inputs: inputs.cell.spec in FUSED, fixed(forward), fixed(backward), devices
+    )

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from oracle import normal, random_mask, relative_error
 from torch.autograd import gradcheck, gradgradcheck
 
-from modeling_minrnn import cells, linear_scan, matrix_numba, matrix_recurrence, minrnn_scan, operators, scan_blocks
+from modeling_minrnn import (
+    cells,
+    linear_scan,
+    matrix_numba,
+    matrix_recurrence,
+    minrnn_scan,
+    operators,
+    scan_blocks,
+    scan_numba,
+)
 from modeling_minrnn.cells import LMU, LRU, RGLRU, RWKV4, Aaren, GatedDelta
 from modeling_minrnn.scan import stack_parameters, step_loop
 
@@ -477,7 +486,7 @@ def test_the_gated_delta_rule_of_one_and_of_three_steps_equals_the_oracle(steps)
 
 
 def test_matrices_too_large_for_the_kernel_are_multiplied_by_torch():
-    n = matrix_numba.LARGEST + 1
+    n = scan_numba.LARGEST + 1
     parameters = {"bound": torch.zeros(n)}
     found, expected = (minrnn_scan(normal(1, 2, 3 * n, seed=0), "hgrn2", parameters=parameters, backend=backend)
                        for backend in ("numba", "torch"))  # fmt: skip
@@ -611,7 +620,7 @@ def test_bad_input_of_a_linear_scan_is_one_line(change, message):
 @every_cell
 def test_a_device_without_float64_is_asked_for_none(cell, monkeypatch):
     """The operators of "torch" behind the mode, which does not see into a custom operator."""
-    for module in (cells, matrix_recurrence, scan_blocks):
+    for module in (cells, scan_blocks):
         monkeypatch.setattr(module, "carry_dtype", lambda device: torch.float32)
     given = problem(cell, 2, 9, 4)
     reset, padding = (random_mask(2, 9, share=0.3, seed=seed) for seed in (1, 2))

@@ -218,7 +218,7 @@ def test_the_convolution_is_differentiated_by_all_of_torch_func():
 def test_a_second_derivative_of_the_convolution_is_refused_in_one_line():
     others = normal(5, 3, seed=1), normal(B, 2, 5, seed=2)
     calls = second_derivatives(lambda x: squares(conv("numba"))(x, *others), normal(B, T, 5, seed=0))
-    with pytest.raises(RuntimeError, match='causal_conv .* once; .* backend="torch" .* scan_backend="loop"\\)$'):
+    with pytest.raises(RuntimeError, match='causal_conv .* once; .* backend="loop" .* scan_backend="loop"\\)$'):
         calls["backward twice"]()
 
 
