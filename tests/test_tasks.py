@@ -99,6 +99,8 @@ def test_held_out_questions_cover_the_lengths_and_do_not_depend_on_the_seed():
     lengths = Counter(int(length) for batch in one.batches(999) for length in (batch[1] != -100).int().argmax(1))
     assert (min(lengths), max(lengths), len(lengths)) == (40, 64, 16) and set(lengths.values()) == {HELD_OUT_ROWS}
     assert one.lengths.tolist() == sorted(lengths)
+    two.draw = 2  # others, of the same lengths
+    assert not any(torch.equal(*pair) for pair in zip(one.batches(999), two.batches(999), strict=True))
 
 
 def test_train_learns_a_task_and_leaves_a_model_that_answers(run):

@@ -156,13 +156,16 @@ class TaskBatches:
 
 
 class HeldOutQuestions:
-    """HELD_OUT_ROWS questions of each of up to HELD_OUT_LENGTHS lengths, the same for every run."""
+    """HELD_OUT_ROWS questions of each of up to HELD_OUT_LENGTHS lengths, the same for every run.
+
+    draw: any number >= 1; of another one the questions are others.
+    """
 
     is_one_text = False
     predicted_bytes = None  # what is asked has no bytes
 
-    def __init__(self, questions: Questions, lengths: tuple[int, int]):
-        self.questions = questions
+    def __init__(self, questions: Questions, lengths: tuple[int, int], draw: int = 1):
+        self.questions, self.draw = questions, draw
         self.lengths = np.unique(np.linspace(*lengths, HELD_OUT_LENGTHS).round().astype(int))
 
     def __len__(self) -> int:
@@ -171,7 +174,7 @@ class HeldOutQuestions:
     def batches(self, chunk_tokens: int) -> Iterator[torch.Tensor]:
         at_once = max(1, chunk_tokens // self.questions.sequence_length)
         for length in self.lengths:
-            generator = np.random.default_rng((length, 0, 1))  # no (seed, n) of training gives the same
+            generator = np.random.default_rng((length, 0, self.draw))  # no (seed, n) of training gives the same
             drawn = [self.questions.task.question(generator, length) for _ in range(HELD_OUT_ROWS)]
             for start in range(0, HELD_OUT_ROWS, at_once):
                 yield self.questions.rows(drawn[start : start + at_once])

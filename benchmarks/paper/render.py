@@ -101,7 +101,8 @@ def spread(values: list[float]) -> str:
 
 
 def task_runs() -> list[Row]:
-    return rows("paper_tasks", "task", "contender", "layers", "seed", "steps", "learning_rate", "plain")
+    found = rows("paper_tasks", "task", "contender", "layers", "seed", "steps", "learning_rate", "plain", "choosing")
+    return [row for row in found if not row.get("choosing")]
 
 
 def grouped(found: list[Row], *key: str) -> dict[tuple, list[Row]]:
