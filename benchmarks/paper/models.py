@@ -139,7 +139,7 @@ class Family:
             target = target or parameters(self.build("minGRU", width))
             steps = {"Llama": 2 * self.heads, "GPT-2": 2 * self.heads}  # rotary positions need an even head
             steps["LMU"] = 16  # its order at any width
-            step = steps.get(name, 4)
+            step = steps.get(name, max(4, self.minrnn.get("num_heads", 1)))
             widths = range(step, 4 * width, step)
             best = min(widths, key=lambda width: abs(parameters(self.build(name, width)) - target))
         return self.build(name, best)
