@@ -149,6 +149,16 @@ def rounded(typing_context, x, kept):
     return numba.float32(numba.float32, kept), generate
 
 
+@intrinsic
+def scaled(typing_context, total, scale):
+    """Their product, rounded. Whether it is fused with the sum after it would depend on the batch."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.fmul(*arguments)
+
+    return numba.float32(numba.float32, numba.float32), generate
+
+
 @numba.njit(**ANY_ORDER)
 def normalize(kept, x, weight, y, B, H, eps):
     for b in range(B):
@@ -288,7 +298,7 @@ def product(kept, projection, x, y, B, start, stop, n, k, sums):
                         break
                     total, at = sums[c * R + r], (b + r) * n + row
                     if is_scaled(kept):
-                        total *= scale[row]
+                        total = scaled(total, scale[row])
                     if biased:
                         total += loaded(bias[row])
                     y[at] = rounded(y[at] + rounded(total, kept), kept)
