@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import torch
 from harness import THREADS, now, relative_error
-from models import HEADS, VOCABULARY, WIDTH
+from models import VOCABULARY
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from modeling_minrnn.export import export_onnx
@@ -97,38 +97,36 @@ def _by_ctranslate2(
 
 
 CHARACTERS = 0x4E00  # of the tokens as text, in which llama.cpp gives them back one by one
-PARTS = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
-def _write_gguf(llama: LlamaForCausalLM, path: str, kind: str) -> None:
+def write_gguf(llama: LlamaForCausalLM, path: str, kind: str) -> None:
     """The model as a file of llama.cpp, its matrices in a GGMLQuantizationType."""
     import gguf
 
     config, kind, file = llama.config, gguf.GGMLQuantizationType[kind], gguf.GGUFWriter(path, "llama")
     padding = -config.intermediate_size % 32  # to whole blocks of numbers with one scale, by zeros
     file.add_context_length(config.max_position_embeddings)
-    file.add_embedding_length(WIDTH)
+    file.add_embedding_length(config.hidden_size)
     file.add_block_count(config.num_hidden_layers)
     file.add_feed_forward_length(config.intermediate_size + padding)
-    file.add_head_count(HEADS)
+    file.add_head_count(config.num_attention_heads)
     file.add_layer_norm_rms_eps(config.rms_norm_eps)
     file.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    file.add_vocab_size(VOCABULARY)
+    file.add_vocab_size(config.vocab_size)
     file.add_tokenizer_model("llama")
-    file.add_token_list([chr(CHARACTERS + token) for token in range(VOCABULARY)])
-    file.add_token_scores([0.0] * VOCABULARY)
-    file.add_token_types([gguf.TokenType.NORMAL] * VOCABULARY)
+    file.add_token_list([chr(CHARACTERS + token) for token in range(config.vocab_size)])
+    file.add_token_scores([0.0] * config.vocab_size)
+    file.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in llama.named_parameters():
-        for ours, theirs in PARTS.items():
-            name = name.replace(ours, theirs)
+        name = names.get_name(name, (".weight",))
         values = parameter.detach().numpy()
         if "attn_q" in name or "attn_k" in name:  # it rotates neighbours, transformers the two halves of a head
-            values = values.reshape(HEADS, 2, -1, WIDTH).swapaxes(1, 2).reshape(-1, WIDTH)
+            values = (
+                values.reshape(config.num_attention_heads, 2, -1, config.hidden_size)
+                .swapaxes(1, 2)
+                .reshape(values.shape)
+            )
         if "ffn_gate" in name or "ffn_up" in name:
             values = np.pad(values, ((0, padding), (0, 0)))
         if "ffn_down" in name:
@@ -149,7 +147,7 @@ def _llama_cpp(llama: LlamaForCausalLM) -> dict[str, Decode]:
         with tempfile.TemporaryDirectory() as folder:
             parameters = xllamacpp.CommonParams()
             parameters.model.path = f"{folder}/model.gguf"
-            _write_gguf(llama, parameters.model.path, kind)
+            write_gguf(llama, parameters.model.path, kind)
             parameters.n_ctx, parameters.n_parallel, parameters.verbosity = llama.config.max_position_embeddings, 1, -1
             parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = THREADS
             found[f"llama.cpp llama {kind}"] = partial(_by_llama_cpp, xllamacpp.Server(parameters))

@@ -1,29 +1,30 @@
 """How many clients does the server answer at once, and how fast?
 
 Real HTTP on loopback: 1, 4, 16 and 64 clients ask for streamed completions of 100 tokens after distinct prompts of
-200, each client one after the other. Contenders, each a server process of its own with the same settings:
+200, each client at least three, one after the other. Contenders, each a server process of its own, settings alike:
     minrnn         python -m modeling_minrnn.serve
     llama          transformers serve --continuous-batching, a Llama of equal size (within 3 %)
+    llama.cpp      that Llama in llama.cpp's server, 64 slots, two threads, where it is installed (engines.py)
 Sizes: "demo" has 4 layers of width 128, as configs/demo.yaml, "10M" 6 of width 384. Weights are random and the head
 writes letters only, so that each token is a piece of the stream. The clients run in the process that measures, on the
-same cores.
+same cores; they note when bytes come and read them afterwards.
 
 tokens_per_s: of all clients, by the clock. cpu_ms_per_token: of all threads of the server, which other work on the
-machine changes least. first_ms, between_ms: time to the first token, and between two of a stream. peak_mb: resident
-memory of the server. The row of the model alone has the CPU time of a prompt and of a step for so many, and
-best_over_one, the times one client's tokens that two cores with nothing else to do would reach with these. A row
-with `history` is the second turn of a chat after that many tokens, with `long_prompt` or `long_chat` a stream beside
-such a prompt, with `requests` so many, a third of them abandoned, and how the server's memory grew over the second
-half.
+machine changes least, and of the clients. first_ms, between_ms: time to the first token, and between two of a stream.
+peak_mb: resident memory of the server. The row of the model alone has the CPU time of a prompt and of a step for so
+many, and best_over_one, the times one client's tokens that two cores with nothing else to do would reach with these.
+A row with `history` is the second turn of a chat after that many tokens, with `long_prompt` or `long_chat` a stream
+beside such a prompt, with `requests` so many, a third of them abandoned, and how the server's memory grew over the
+second half.
 
 Targets, on two cores: 16 clients >= 6 times the tokens of one, 64 >= 10 times; between tokens p99 <= 4 x p50; a second
 turn after 20,000 tokens starts within 100 ms; a stream beside a prompt of a million tokens takes <= 2 times as long.
 
-    python -m benchmarks.serve [--only 10M] [--rounds 3]
+    python benchmarks/serve.py [--only 10M] [--rounds 3]
 """
 
 import asyncio
-import copy
+import importlib.util
 import json
 import math
 import os
@@ -37,21 +38,23 @@ import tempfile
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 
 import torch
+from engines import write_gguf
+from harness import HERE, Bound, Report, interleave, now, parser
+from models import of_size
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_minrnn import MinRNNConfig, MinRNNForCausalLM
 from training.tokenizers import byte_tokenizer
 
-from .harness import HERE, Bound, Report, interleave, now, parser
-from .models import of_size
-
 PROMPT, NEW_TOKENS, HISTORY, LONG = 200, 100, 20_000, 1_000_000
-CLIENTS = (1, 4, 16, 64)
+CLIENTS, SLOTS = (1, 4, 16, 64), 64
+REQUESTS, FEWEST = 3, 8  # of each client, and of all: with one each, all would be read at first and written at last
 STEPS = 20  # of the model alone, for a sample
 SIZES = {"demo": (128, 4), "10M": (384, 6)}  # width, layers
 VOCABULARY = 258
@@ -73,7 +76,65 @@ def models(width: int, layers: int) -> dict[str, PreTrainedModel]:
     with torch.no_grad():
         for candidate in found.values():
             candidate.lm_head.weight *= letters
+    if importlib.util.find_spec("xllamacpp"):
+        found["llama.cpp"] = found["llama"]
     return found
+
+
+@dataclass
+class Answer:
+    """When a request was sent and when each piece of its stream came."""
+
+    times: list[float]
+    text: str
+
+    def first(self) -> float:
+        return self.times[1] - self.times[0]
+
+    def between(self) -> list[float]:
+        return [b - a for a, b in zip(self.times[1:], self.times[2:])]
+
+
+class Client(asyncio.Protocol):
+    """Sends a request and keeps what comes, until the server closes the connection or after so many pieces."""
+
+    def __init__(self, request: bytes, abandon_after: float):
+        self.request, self.abandon_after, self.pieces = request, abandon_after, 0
+        self.received: list[tuple[float, bytes]] = []
+        self.closed = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport) -> None:
+        self.transport, self.start = transport, time.perf_counter()
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append((time.perf_counter(), data))
+        self.pieces += data.count(b"data: ")
+        if self.pieces > self.abandon_after:
+            self.transport.abort()
+
+    def connection_lost(self, error) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def answer(self) -> Answer:
+        found, rest = Answer([self.start], ""), b""
+        for moment, data in self.received:
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"HTTP") and b"200" not in line:
+                    raise RuntimeError(b"".join(data for _, data in self.received).decode())
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"])
+                [choice] = event["choices"]
+                piece = choice["delta"].get("content") if "delta" in choice else choice["text"]
+                if piece:  # not the role alone, nor the reason to stop
+                    found.text += piece
+                    found.times.append(moment)
+        return found
 
 
 class Server:
@@ -83,15 +144,19 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        program = ["-m", "modeling_minrnn.serve", folder]
-        if name == "llama":
-            program = ["-m", "transformers.cli.transformers", "serve", folder, "--continuous-batching"]
-        command = [sys.executable, *program, "--host", "127.0.0.1", "--port", str(self.port)]
-        self.model = folder
+        listen, environment = ["--host", "127.0.0.1", "--port", str(self.port)], {"HF_HUB_OFFLINE": "1"}
+        if name == "llama.cpp":
+            program = ["benchmarks/llama_server.py", f"{folder}/gguf", str(self.port), str(SLOTS), "512"]
+            environment["OMP_NUM_THREADS"] = "2"
+        elif name == "llama":
+            program = ["-m", "transformers.cli.transformers", "serve", folder, "--continuous-batching", *listen]
+        else:
+            program = ["-m", "modeling_minrnn.serve", folder, *listen]
+        self.model, self.takes_ids = folder, name == "llama.cpp"  # as of its tokens it does not know the bytes
         self.log = Path(folder, "log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=HERE.parent, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+                [sys.executable, *program], cwd=HERE.parent, stdout=log, stderr=log, env=os.environ | environment
             )
 
     def memory(self, field: str) -> float:
@@ -107,44 +172,33 @@ class Server:
         return json.load(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/stats"))
 
     async def complete(
-        self, prompt: str, max_tokens: int = NEW_TOKENS, abandon_after=math.inf, is_chat: bool = False
-    ) -> list[float]:
-        """When the request was sent and when each piece of its stream came."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        text = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {"prompt": prompt}
+        self, prompt: str, max_tokens: int = NEW_TOKENS, abandon_after: float = math.inf, is_chat: bool = False
+    ) -> Client:
+        if is_chat:
+            text: dict = {"messages": [{"role": "user", "content": prompt}]}
+        else:
+            text = {"prompt": list(prompt.encode()) if self.takes_ids else prompt}
         settings = {"model": self.model, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         body = json.dumps(settings | text).encode()
-        head = f"POST /v1/{'chat/' * is_chat}completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
-        times = [time.perf_counter()]
-        writer.write(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body)
-        text = ""
-        async for line in reader:
-            if line.startswith(b"data: "):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise RuntimeError(event["error"])
-                [choice] = event["choices"]
-                if choice.get("finish_reason"):
-                    break
-                piece = choice["delta"].get("content") if is_chat else choice["text"]
-                if piece is None:  # the role alone
-                    continue
-                text += piece
-                times.append(time.perf_counter())
-                if len(times) > abandon_after:
-                    break
-            elif line.startswith(b"HTTP") and b"200" not in line:
-                raise RuntimeError(line.decode())
-        writer.close()
-        self.text = text
-        return times
+        head = f"POST /v1/{'chat/' * is_chat}completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        make = partial(Client, head.encode() + body, abandon_after)
+        _, client = await asyncio.get_running_loop().create_connection(make, "127.0.0.1", self.port)
+        await client.closed
+        return client
+
+    def ask(self, *args, **kwargs) -> Answer:
+        return asyncio.run(self.complete(*args, **kwargs)).answer()
 
 
 @contextmanager
 def serving(name: str, model: PreTrainedModel):
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        byte_tokenizer().save_pretrained(folder)
+        if name == "llama.cpp":
+            write_gguf(model, f"{folder}/gguf", "F32")
+        else:
+            model.save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
         server = Server(name, folder)
         try:
             while True:
@@ -155,7 +209,7 @@ def serving(name: str, model: PreTrainedModel):
                     if server.process.poll() is not None:
                         raise RuntimeError(server.log.read_text()) from None
                     time.sleep(0.2)
-            asyncio.run(server.complete("warm up"))
+            server.ask("warm up")
             yield server
         finally:
             server.process.send_signal(signal.SIGTERM)
@@ -171,16 +225,16 @@ def prompts(count: int, length: int = PROMPT, seed: int = 0) -> list[str]:
     return ["".join(generator.choices(string.ascii_lowercase + " ", k=length)) for _ in range(count)]
 
 
-async def load(server: Server, clients: int, requests: int, seed: int) -> tuple[float, list[list[float]]]:
-    """Seconds, and the times of each request, of which each client makes so many."""
+async def load(server: Server, clients: int, requests: int, seed: int) -> tuple[float, list[Client]]:
+    """Seconds, and all requests, of which each client makes so many."""
     texts = iter(prompts(clients * requests, seed=seed))
 
-    async def client() -> list[list[float]]:
+    async def client() -> list[Client]:
         return [await server.complete(next(texts)) for _ in range(requests)]
 
     start = time.perf_counter()
     found = await asyncio.gather(*(client() for _ in range(clients)))
-    return time.perf_counter() - start, [times for runs in found for times in runs]
+    return time.perf_counter() - start, [each for several in found for each in several]
 
 
 def percentiles(values: list[float]) -> tuple[float, float]:
@@ -198,33 +252,8 @@ def measure(report: Report, size: str) -> None:
         with serving(name, model) as server:
             one = None
             for clients in CLIENTS:
-                rates, runs, cpu = [], [], server.cpu_seconds()
-                for turn in range(report.options.rounds):
-                    seconds, times = asyncio.run(load(server, clients, max(1, 8 // clients), 1000 * turn + clients))
-                    assert all(len(run) == NEW_TOKENS + 1 for run in times)
-                    rates.append(len(times) * NEW_TOKENS / seconds)
-                    runs += times
-                rate, cpu = median(rates), server.cpu_seconds() - cpu
-                one = one or rate
-                first = percentiles([run[1] - run[0] for run in runs])
-                between = percentiles([b - a for run in runs for a, b in zip(run[1:], run[2:])])
-                goal = {16: 6, 64: 10}.get(clients) if name == "minrnn" else None
-                report.add(
-                    size=size,
-                    contender=name,
-                    parameters=model.num_parameters(),
-                    clients=clients,
-                    tokens_per_s=rate,
-                    over_one=Bound(rate / one, at_least=goal),
-                    cpu_ms_per_token=1e3 * cpu / (len(runs) * NEW_TOKENS),
-                    first_ms_p50=first[0],
-                    first_ms_p99=first[1],
-                    between_ms_p50=between[0],
-                    between_ms_p99=between[1],
-                    between_p99_over_p50=Bound(between[1] / between[0], at_most=4 if name == "minrnn" else None),
-                    peak_mb=server.memory("VmHWM"),
-                )
-            if report.options.second_turn:
+                one = under_load(report, size, name, model, server, clients, one)
+            if report.options.second_turn and name != "llama.cpp":
                 second_turn(report, size, name, server)
             if report.options.long_prompt and name == "minrnn":
                 for is_chat in (False, True):
@@ -233,13 +262,50 @@ def measure(report: Report, size: str) -> None:
                 abandoned(report, size, server)
 
 
+def under_load(report: Report, size: str, name: str, model, server: Server, clients: int, one: float | None) -> float:
+    """The tokens a second of one client, with which those of so many are compared."""
+    rates, runs, cpu, own_cpu = [], [], server.cpu_seconds(), 0.0
+    for turn in range(report.options.rounds):
+        start = time.process_time()
+        seconds, found = asyncio.run(load(server, clients, max(REQUESTS, FEWEST // clients), 1000 * turn + clients))
+        own_cpu += time.process_time() - start
+        answers = [each.answer() for each in found]
+        assert all(len(answer.times) == NEW_TOKENS + 1 for answer in answers)
+        rates.append(len(answers) * NEW_TOKENS / seconds)
+        runs += answers
+    rate, cpu, tokens = median(rates), server.cpu_seconds() - cpu, len(runs) * NEW_TOKENS
+    first = percentiles([answer.first() for answer in runs])
+    between = percentiles([gap for answer in runs for gap in answer.between()])
+    goal = {16: 6, 64: 10}.get(clients) if name == "minrnn" else None
+    report.add(
+        size=size,
+        contender=name,
+        parameters=model.num_parameters(),
+        clients=clients,
+        tokens_per_s=rate,
+        over_one=Bound(rate / (one or rate), at_least=goal),
+        cpu_ms_per_token=1e3 * cpu / tokens,
+        client_cpu_ms_per_token=1e3 * own_cpu / tokens,
+        first_ms_p50=first[0],
+        first_ms_p99=first[1],
+        between_ms_p50=between[0],
+        between_ms_p99=between[1],
+        # Tokens that come together are 0 apart: where most do, the other work of the machine was measured.
+        between_p99_over_p50=Bound(
+            between[1] / between[0] if between[0] else math.inf, at_most=4 if name == "minrnn" else None
+        ),
+        peak_mb=server.memory("VmHWM"),
+    )
+    return one or rate
+
+
 def second_turn(report: Report, size: str, name: str, server: Server) -> None:
     seconds = []
     for turn in range(report.options.rounds):
         [history] = prompts(1, HISTORY, seed=turn)
-        first = asyncio.run(server.complete(history, 20))
-        times = asyncio.run(server.complete(history + server.text + " and then", 20))
-        seconds.append((first[1] - first[0], times[1] - times[0]))
+        first = server.ask(history, 20)
+        second = server.ask(history + first.text + " and then", 20)
+        seconds.append((first.first(), second.first()))
     goal = 100 if name == "minrnn" else None
     report.add(
         size=size,
@@ -287,29 +353,28 @@ def beside_a_long_prompt(report: Report, size: str, name: str, server: Server, i
     """How fast a stream goes on while another request's prompt, or message, of LONG tokens is read."""
     [long, short] = prompts(1, LONG)[0], prompts(1)[0]
 
-    async def both() -> tuple[list[float], list[float], list[float]]:
+    async def both() -> list[Client]:
         alone = await server.complete(short, 1000)
         stream = asyncio.ensure_future(server.complete(short + "and", 1000))
         await asyncio.sleep(0.3)
-        reading = asyncio.ensure_future(copy.copy(server).complete(long, 1, is_chat=is_chat))
+        reading = asyncio.ensure_future(server.complete(long, 1, is_chat=is_chat))
         beside = await stream
         if reading.done():
             raise RuntimeError("the long prompt was read before the stream ended; not reported")
-        times = await reading
-        return alone, beside, times
+        return [alone, beside, await reading]
 
     before = server.memory("VmHWM")
-    alone, beside, times = asyncio.run(both())
-    rates = [(run[-1] - run[1]) / (len(run) - 2) for run in (alone, beside)]
+    alone, beside, read = (client.answer() for client in asyncio.run(both()))
+    rates = [mean(answer.between()) for answer in (alone, beside)]
     report.add(
         size=size,
         contender=name,
         **{"long_chat" if is_chat else "long_prompt": LONG},
-        long_prompt_seconds=times[1] - times[0],
+        long_prompt_seconds=read.first(),
         between_ms_mean_alone=1e3 * rates[0],
         between_ms_mean_beside=1e3 * rates[1],
         beside_over_alone=Bound(rates[1] / rates[0], at_most=2),
-        longest_gap_ms=1e3 * max(b - a for a, b in zip(beside[1:], beside[2:])),
+        longest_gap_ms=1e3 * max(beside.between()),
         grown_mb=server.memory("VmHWM") - before,
     )
 
@@ -325,10 +390,9 @@ def abandoned(report: Report, size: str, server: Server, count: int = 2000, clie
             if i % 3 == 0:
                 await server.complete(text, 1000, abandon_after=i % 7 + 1)
                 continue
-            own = copy.copy(server)  # which keeps the text that it received
-            times = await own.complete(text, 20)
-            lost += len(times) != 21
-            mixed += expected.setdefault(text, own.text) != own.text
+            answer = (await server.complete(text, 20)).answer()
+            lost += len(answer.times) != 21
+            mixed += expected.setdefault(text, answer.text) != answer.text
             if i == count // 2:
                 growth.append(server.memory("VmRSS"))
 
