@@ -200,11 +200,13 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         carried: LayerState | None = None,
         reverse_masks: Masks | None = None,
         context_parallel_group: "torch.distributed.ProcessGroup | None" = None,
+        tokens_to_keep: int | Tensor = 0,
     ) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
         """
         Args:
             carried: the cached state to continue from; None without a cache.
             reverse_masks: the masks of the reversed sequence, for a bidirectional model.
+            tokens_to_keep: as in MinRNNModel, for the hidden_states; the MLP is not computed for other tokens.
 
         Returns:
             hidden_states (B, T, H), and the arguments of `MinRNNDynamicLayer.update`: the final state, the final
@@ -230,7 +232,7 @@ class MinRNNDecoderLayer(GradientCheckpointingLayer):
         if reverse_masks is not None:
             from_end, *_ = self.reverse_rnn(rnn_input.flip(1), reverse_masks)
             output = output + from_end.flip(1)
-        hidden_states = hidden_states + self.dropout(output)
+        hidden_states = slice_logits_to_keep(hidden_states + self.dropout(output), tokens_to_keep)
         if self.has_mlp:
             hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
@@ -392,6 +394,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         context_parallel_group: "torch.distributed.ProcessGroup | None" = None,
+        tokens_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -410,6 +413,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             context_parallel_group: the processes that the sequence is spread over, in the order of their ranks. Each
                 passes its chunk, (B, T) with a T of its own, and the masks of this chunk. past_key_values are those of
                 the whole sequence, alike on all ranks. On gradients see `scan.minrnn_scan`.
+            tokens_to_keep: return the last_hidden_state of the last so many tokens, or at these positions; 0 for all.
         """
         _refuse_unknown_arguments(kwargs)
         given = _given(input_ids, inputs_embeds)
@@ -428,12 +432,16 @@ class MinRNNModel(MinRNNPreTrainedModel):
         masks = Masks.of(padding, reset, self.config.conv_kernel_size)
 
         hidden_states = self.dropout(given if input_ids is None else self._embed(given))
-        hidden_states = self._run(layers, hidden_states, masks, past_key_values, context_parallel_group)
+        hidden_states = self._run(
+            layers, hidden_states, masks, past_key_values, context_parallel_group, tokens_to_keep
+        )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
-    def _run(self, layers, hidden_states: Tensor, masks: Masks, past_key_values: Cache | None, group) -> Tensor:
+    def _run(
+        self, layers, hidden_states: Tensor, masks: Masks, past_key_values: Cache | None, group, tokens_to_keep
+    ) -> Tensor:
         """All layers; each reads its state from the cache before, and writes it back afterwards."""
         T = num_tokens = hidden_states.shape[1]
         if group is not None and past_key_values is not None:  # of all ranks
@@ -443,11 +451,12 @@ class MinRNNModel(MinRNNPreTrainedModel):
             decode_layers = self._decoder(hidden_states)
             decoded = decode_layers and decode_layers(self, len(layers), hidden_states, past_key_values.layers)
             if decoded is not None:
-                return decoded
+                return slice_logits_to_keep(decoded, tokens_to_keep)
         for i, layer in enumerate(layers):
             cache_layer = None if past_key_values is None else past_key_values.layers[i]
             carried = None if cache_layer is None else cache_layer.read()
-            hidden_states, *left = layer(hidden_states, masks, carried, reverse_masks, group)
+            kept = tokens_to_keep if i == len(layers) - 1 else 0
+            hidden_states, *left = layer(hidden_states, masks, carried, reverse_masks, group, kept)
             if cache_layer is not None:
                 cache_layer.update(*left, num_tokens=num_tokens)
         return hidden_states
@@ -756,10 +765,11 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
                 logits = self.model.decode(input_ids, attention_mask, past_key_values, self.lm_head)
                 if logits is not None:
                     return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
-        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        # The loss and the hidden states are those of all tokens.
+        of_all = labels is not None or kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        options = kwargs | {"use_cache": use_cache, "tokens_to_keep": 0 if of_all else logits_to_keep}
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options)
+        kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep if of_all else 0)
         # Skip the empty matmul: fully_shard would reshard lm_head after it, before the loss has used it.
         logits = self.lm_head(kept) if kept.shape[1] else kept.new_empty(*kept.shape[:2], self.vocab_size)
         loss = None

@@ -478,6 +478,12 @@ def test_logits_to_keep_selects_logits(cell_type):
     logits = model(ids).logits
     assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:])
     assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, logits[:, [0, 4]])
+    assert model(ids, logits_to_keep=2, output_hidden_states=True).hidden_states[-1].shape[1] == 9
+    read = []  # tokens, by the last MLP
+    model.model.layers[-1].mlp.register_forward_hook(lambda mlp, inputs, output: read.append(output.shape[1]))
+    cache = model(ids[:, :8], logits_to_keep=NO_LOGITS, use_cache=True).past_key_values
+    assert_close(model(ids[:, 8:], logits_to_keep=1, past_key_values=cache).logits, logits[:, -1:])
+    assert read == [0, 1]
 
 
 def test_outputs_come_as_a_tuple_where_asked_for():
