@@ -319,7 +319,7 @@ def convolve(kept, x, window, weight, out_window, B, H, K):
             row[i] = rounded(row[i] + rounded(total, kept), kept)
 
 
-# What the kernel is told of a layer: seven sizes, then addresses, 0 for a part that is not there.
+# The row of a layer in the table of the kernel: seven sizes, then addresses, 0 for a part that is not there.
 WINDOW, STATE, OUT_WINDOW, OUT_STATE, Q, CONV, RNN_NORM, MLP_NORM = range(7, 15)
 IN_PROJ, GATE_PROJ, OUT_PROJ, UP_PROJ, DOWN_PROJ, FIELDS = range(15, 31, 3)  # each with its scale and bias
 
@@ -468,8 +468,8 @@ _READ: tuple[Callable, ...] = (
 _NO_TENSOR = torch.empty(0)
 
 
-class _Told:
-    """What the kernels are told of a model, and whether it still holds.
+class _Arguments:
+    """What the kernels take of a model, sizes and addresses, and whether it still holds.
 
     Parts are read from the dictionaries behind attributes, which nn.Module looks up at five times the price.
     """
@@ -572,7 +572,7 @@ class _Told:
         )
 
     def layer(self, layer, H: int, dtype) -> tuple:
-        """What `layers_kernel_of` is given, and eps; what the kernel is told, but of states; the recurrence."""
+        """What `layers_kernel_of` is given, and eps; the row of the table, its states left open; the recurrence."""
         own, nothing = self.module(layer, MinRNNDecoderLayer), (0, 0, 0)
         of_rnn, K = self.child(own, "rnn", MinRNNRecurrence), self.value(own, "window_size") + 1
         D, parts = self.value(of_rnn, "state_size"), of_rnn["_modules"]
@@ -591,8 +591,8 @@ class _Told:
         if code < 0 or any(_kept(each, dtype) != kept for each in projections if each != nothing):
             raise _NotStock
         sizes, states = (H, D, E, P, K if conv else 0, M, activation), [0] * (CONV - WINDOW)
-        told = [*sizes, *states, conv, rnn_norm, mlp_norm, *itertools.chain(*projections)]
-        return ((code, len(blocks), kept), eps), told, own["_modules"]["rnn"]
+        row = [*sizes, *states, conv, rnn_norm, mlp_norm, *itertools.chain(*projections)]
+        return ((code, len(blocks), kept), eps), row, own["_modules"]["rnn"]
 
     def mlp(self, own: dict, H: int, dtype, eps: float) -> tuple:
         """The width, the activation, and what of its weights is where."""
@@ -606,19 +606,20 @@ class _Told:
         return M, activation, norm, self.linear(up_proj, M, H, dtype), self.linear(down_proj, H, M, dtype)
 
 
-_TOLD: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_ARGUMENTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _told(model, num_layers: int, head: nn.Module | None, like: Tensor | None = None) -> _Told | None:
+def _arguments_of(model, num_layers: int, head: nn.Module | None, like: Tensor | None = None) -> _Arguments | None:
     """None where a part is not stock."""
-    known, key = _TOLD.setdefault(model, {}), (num_layers, None if like is None else (like.dtype, like.shape[-1]))
-    if key not in known or not known[key].holds(head):
-        known.pop(key, None)
+    known, key = _ARGUMENTS.setdefault(model, {}), (num_layers, None if like is None else (like.dtype, like.shape[-1]))
+    arguments = known.get(key)
+    if arguments is None or not arguments.holds(head):
         try:
-            known[key] = _Told(model, num_layers, head, like)
+            arguments = known[key] = _Arguments(model, num_layers, head, like)
         except _NotStock:
+            known.pop(key, None)
             return None
-    return known[key]
+    return arguments
 
 
 def decode_layers(model, num_layers: int, hidden_states: Tensor, cache_layers) -> Tensor | None:
@@ -629,11 +630,11 @@ def decode_layers(model, num_layers: int, hidden_states: Tensor, cache_layers) -
     `scan_numba`, where a module is not the stock one or has hooks, and for weights that are neither dense and of the
     dtype of hidden_states, float32 or bfloat16, nor torchao's eight-bit integers with a scale a row.
     """
-    told = _told(model, num_layers, None, hidden_states)
-    if told is None:
+    arguments = _arguments_of(model, num_layers, None, hidden_states)
+    if arguments is None:
         return None
     out = hidden_states.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    _run_layers(told, cache_layers, out)
+    _run_layers(arguments, cache_layers, out)
     return out.to(hidden_states.dtype)
 
 
@@ -643,28 +644,28 @@ def decode_tokens(model, num_layers: int, ids: Tensor, cache_layers, head: nn.Mo
     Each operation of torch that this path does without saves more than its own time: weights that are larger than a
     cache leave nothing of its code there, and it is read from memory at every token.
     """
-    told, rows = _told(model, num_layers, head), ids.tolist()
-    if told is None or not rows or ids.dtype is not torch.int64 or not ids.is_contiguous():
+    arguments, rows = _arguments_of(model, num_layers, head), ids.tolist()
+    if arguments is None or not rows or ids.dtype is not torch.int64 or not ids.is_contiguous():
         return None
-    if not 0 <= min(rows)[0] <= max(rows)[0] < told.size:
+    if not 0 <= min(rows)[0] <= max(rows)[0] < arguments.size:
         return None
-    out = torch.empty(len(rows), 1, told.H, dtype=torch.float32)
-    _run_layers(told, cache_layers, out, ids, told.embeddings)
-    V = told.of_head[1]
+    out = torch.empty(len(rows), 1, arguments.H, dtype=torch.float32)
+    _run_layers(arguments, cache_layers, out, ids, arguments.embeddings)
+    V, table_of_head = arguments.of_head[1], arguments.of_head.buffer_info()[0]
     logits = torch.empty(len(rows), 1, V, dtype=torch.float32)
-    run(head_kernel_of(told.kept_in_head), (told.of_head.buffer_info()[0], told.eps, out, logits), len(rows), V)
-    return logits.to(told.dtype)
+    run(head_kernel_of(arguments.kept_in_head), (table_of_head, arguments.eps, out, logits), len(rows), V)
+    return logits.to(arguments.dtype)
 
 
-def _run_layers(told: _Told, cache_layers, out: Tensor, ids: Tensor | int = 0, embeddings: int = 0) -> None:
-    like = out if told.dtype is torch.float32 else out.to(told.dtype)
-    table, carried = told.table[:], []
-    for start, rnn, cache_layer in zip(range(0, len(table), FIELDS), told.recurrences, cache_layers):
+def _run_layers(arguments: _Arguments, cache_layers, out: Tensor, ids: Tensor | int = 0, embeddings: int = 0) -> None:
+    like = out if arguments.dtype is torch.float32 else out.to(arguments.dtype)
+    table, carried = arguments.table[:], []
+    for start, rnn, cache_layer in zip(range(0, len(table), FIELDS), arguments.recurrences, cache_layers):
         carried.append(_carried(rnn, cache_layer.read(), table[start : start + WINDOW], like))
         addresses = array.array("q", [tensor.data_ptr() for tensor in carried[-1]])
         table[start + WINDOW : start + CONV] = addresses
     first = table.buffer_info()[0]
-    for (kernel, eps), group in itertools.groupby(told.kernels):
+    for (kernel, eps), group in itertools.groupby(arguments.kernels):
         count = len([*group])
         run(layers_kernel_of(*kernel), (count, first, eps, out, ids, embeddings), len(out), 1)
         first, embeddings = first + 8 * FIELDS * count, 0

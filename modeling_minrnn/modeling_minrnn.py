@@ -765,8 +765,9 @@ class MinRNNForCausalLM(MinRNNLanguageModel, GenerationMixin):
                 logits = self.model.decode(input_ids, attention_mask, past_key_values, self.lm_head)
                 if logits is not None:
                     return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        # The loss and the hidden states are those of all tokens.
-        of_all = labels is not None or kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        # The loss and the hidden states are those of all tokens, and so is what dropout draws in training.
+        of_all = self.training or labels is not None
+        of_all = of_all or kwargs.get("output_hidden_states") or self.config.output_hidden_states
         options = kwargs | {"use_cache": use_cache, "tokens_to_keep": 0 if of_all else logits_to_keep}
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **options)
         kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep if of_all else 0)
