@@ -271,6 +271,10 @@ class Cell:
         """log |a| of the tokens, from which a memory follows."""
         return self.gates(projected, parameters, log_sums).log_decay
 
+    def gates_backward(self, projected: Tensor, d_log_odds: Tensor, d_candidate: Tensor) -> Tensor | None:
+        """The gradient of `projected` by hand, for a Convex cell without parameters; None leaves it to autograd."""
+        return None
+
 
 @dataclass(frozen=True)
 class _MinRNN(Cell):
@@ -287,6 +291,13 @@ class _MinRNN(Cell):
     def _candidate(self, x: Tensor) -> Tensor:
         return g(x) if self.candidate == "g" else x
 
+    def _slope(self, x: Tensor) -> Tensor:
+        """The derivative of the candidate: 1 where x >= 0 and s * (1 - s), s = sigmoid(x), elsewhere."""
+        if self.candidate == "linear":
+            return torch.ones_like(x)
+        s = torch.sigmoid(x.clamp(max=0))  # s * (1 - s) is 1/4 where x >= 0
+        return torch.addcmul(s, s, s, value=-1).add_(torch.ge(x, 0, out=torch.empty_like(s)), alpha=0.75)
+
 
 @dataclass(frozen=True)
 class MinGRU(_MinRNN):
@@ -298,6 +309,9 @@ class MinGRU(_MinRNN):
     def gates(self, projected, parameters, log_sums):
         gate, x = projected.chunk(2, -1)
         return Convex(gate, self._candidate(x))
+
+    def gates_backward(self, projected, d_log_odds, d_candidate):
+        return torch.cat([d_log_odds, d_candidate * self._slope(projected.chunk(2, -1)[1])], -1)
 
     def remembering_gates(self, timescales):
         return torch.log(torch.expm1(1 / timescales))
@@ -312,11 +326,16 @@ class MinLSTM(_MinRNN):
 
     def gates(self, projected, parameters, log_sums):
         forget, input_, x = projected.chunk(3, -1)
-        # log i - log f, log sigmoid(x) being min(x, 0) - softplus(-|x|). The large parts are subtracted first: far
+        # log i - log f, log sigmoid(x) being min(x, 0) + log sigmoid(|x|). The large parts are subtracted first: far
         # below zero only their difference counts. x - 2 min(x, 0) is |x| with the derivative that fits that of min.
         forget_low, input_low = forget.clamp(max=0), input_.clamp(max=0)
-        small = softplus(2 * forget_low - forget) - softplus(2 * input_low - input_)
+        small = torch.log(torch.sigmoid(input_ - 2 * input_low) / torch.sigmoid(forget - 2 * forget_low))
         return Convex((input_low - forget_low) + small, self._candidate(x))
+
+    def gates_backward(self, projected, d_log_odds, d_candidate):
+        forget, input_, x = projected.chunk(3, -1)
+        d_forget, d_input = torch.sigmoid(-forget).mul_(d_log_odds).neg_(), torch.sigmoid(-input_).mul_(d_log_odds)
+        return torch.cat([d_forget, d_input, d_candidate * self._slope(x)], -1)
 
     def remembering_gates(self, timescales):
         odds = torch.log(torch.expm1(1 / timescales))

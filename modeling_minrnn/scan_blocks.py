@@ -2,8 +2,8 @@
 
 n tokens of a block, B batch, D width of h, E log-sums. A block is time-major, (n, B, ...), and small enough to stay in
 cache between its gates and its recurrence. The backward pass computes each block again, but for its recurrences: their
-states are kept, and their derivative is by hand. The rest is left to autograd, of (log a, b) and never of a, which is
-as exact.
+states are kept, and their derivative is by hand, as is that of gates for which the cell has one. The rest is left to
+autograd, of (log a, b) and never of a, which is as exact.
 """
 
 import functools
@@ -109,25 +109,33 @@ def empty_outputs(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scan_block(
-    cell: Cell, block: Block, solver: Callable, x: Tensor, parameters: Tensor, reset_state: Tensor, state: Tensor
+    cell: Cell,
+    block: Block,
+    solver: Callable,
+    gates: Callable,
+    x: Tensor,
+    parameters: Tensor,
+    reset_state: Tensor,
+    state: Tensor,
 ) -> ScanOutputs:
     """Of a block, time-major, after `state` (B, S); the final state is in the dtype of `state`.
 
     solver: (terms, block, reset_state, start) -> (states after each token, the last of them in the dtype of `start`),
         for `terms` of h and of L.
+    gates: those of the cell.
     """
     if cell.has_matrices:
         return ScanOutputs(*matrix_block(cell, x, parameters, state, reset_state, block.reset, block.padding))
     D = cell.state_width(x.shape[-1])
     (h, L), (reset_h, reset_L) = state.tensor_split([D], -1), reset_state.tensor_split([D])
-    log_sums = before = x[..., :0]
+    log_sums = before = x.new_empty(*x.shape[:2], 0)  # as a part of x it would have a gradient as large as x
     if cell.system is not None:
         states, h = dense_block(cell, x, h, reset_h, block.reset, block.padding)
         return ScanOutputs(states, log_sums, h)
     if L.shape[-1]:
         log_sums, last_L = solver(cell.log_sum_gates(x, parameters), block, reset_L, L)
         before, L = block.before(log_sums.to(x.dtype), L, reset_L), last_L
-    states, h = solver(cell.gates(x, parameters, before), block, reset_h, h)
+    states, h = solver(gates(x, parameters, before), block, reset_h, h)
     if not cell.reads_out:
         return ScanOutputs(states, log_sums, torch.cat([h, L], -1))
     rest = torch.cat([states, log_sums], -1).to(x.dtype)
@@ -144,7 +152,8 @@ def forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor
     state, solver = inputs.initial_state.to(carry_dtype(rest.device)), functools.partial(_solve, solve=chosen.solve)
     for start, stop in inputs.blocks(chosen.block_elements):
         block = inputs.block(start, stop)
-        *scanned, state = scan_block(inputs.cell, block, solver, block.x, inputs.parameters, inputs.reset_state, state)
+        given = block.x, inputs.parameters, inputs.reset_state, state
+        *scanned, state = scan_block(inputs.cell, block, solver, inputs.cell.gates, *given)
         outputs[:, start:stop], rest[:, start:stop] = (x.transpose(0, 1) for x in scanned)
     return outputs, rest, final_state.copy_(state)
 
@@ -171,7 +180,8 @@ def backward(
         known = () if inputs.cell.has_matrices else [time_major(x, start, stop, like) for x in states]
         solver = functools.partial(_Known.solve, known, chosen.solve)
         given = block.x, inputs.parameters, inputs.reset_state.to(dtype), state
-        _, pull_back = derivative(functools.partial(scan_block, inputs.cell, block, solver), *given)
+        gates = functools.partial(_ByHand.gates, inputs.cell)
+        _, pull_back = derivative(functools.partial(scan_block, inputs.cell, block, solver, gates), *given)
         d_x, d_p, d_r, d_state = pull_back(*(time_major(d, start, stop, like) for d in (d_outputs, d_rest)), d_state)
         d_parameters += d_p
         d_reset_state += d_r
@@ -186,7 +196,7 @@ def _starts(inputs: ScanInputs, bounds: list[tuple[int, int]], states: tuple[Ten
         if inputs.cell.has_matrices:
             block = inputs.block(start, stop)
             given = block.x, inputs.parameters, inputs.reset_state, starts[-1]
-            starts.append(scan_block(inputs.cell, block, NotImplemented, *given).final_state)
+            starts.append(scan_block(inputs.cell, block, NotImplemented, inputs.cell.gates, *given).final_state)
         else:
             starts.append(torch.cat([x[:, stop - 1] for x in states], -1).to(starts[0].dtype))
     return starts
@@ -277,6 +287,26 @@ def _solve(
         share = torch.where(block.reset, 0, share)
     states, carry = solve(share, frame.turned(inflow, back=True), carry)
     return frame.turned(states), end.turned(carry)
+
+
+class _ByHand(torch.autograd.Function):
+    """Gates whose derivative the cell gives by hand, in half of the time that autograd takes."""
+
+    @staticmethod
+    def gates(cell, x, parameters, log_sums):
+        if type(cell).gates_backward is Cell.gates_backward:
+            return cell.gates(x, parameters, log_sums)
+        return Convex(*_ByHand.apply(cell, x, parameters, log_sums))
+
+    @staticmethod
+    def forward(ctx, cell, x, parameters, log_sums):
+        ctx.cell = cell
+        ctx.save_for_backward(x)
+        return tuple(cell.gates(x, parameters, log_sums))
+
+    @staticmethod
+    def backward(ctx, d_log_odds, d_candidate):
+        return None, ctx.cell.gates_backward(*ctx.saved_tensors, d_log_odds, d_candidate), None, None
 
 
 class _Known(torch.autograd.Function):

@@ -292,11 +292,11 @@ def test_chunked_gradients_are_not_a_function_of_torch_func():
 
 
 def test_every_custom_operator_and_autograd_function_is_one_of_those_above():
-    """But for rms_norm, which leaves torch.func to torch (test_norm.py), and _Known, which scan_backward works by."""
+    """But for rms_norm, which leaves torch.func to torch (test_norm.py), and what scan_backward works by."""
     source = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
     assert set(re.findall(r'custom_op\(f"{NAMESPACE}::(\w+)"', source)) == {
         "scan", "scan_backward", "causal_conv", "causal_conv_backward", "rms_norm", "rms_norm_backward",
     }  # fmt: skip
     assert source.count("custom_op(") == 6
-    assert set(re.findall(r"class (\w+)\(torch.autograd.Function\)", source)) == {"AllGather", "_Known"}
-    assert source.count("autograd.Function") == 2
+    assert set(re.findall(r"class (\w+)\(torch.autograd.Function\)", source)) == {"AllGather", "_ByHand", "_Known"}
+    assert source.count("autograd.Function") == 3
