@@ -214,36 +214,9 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
         losses, timer = [], time.perf_counter()
         while progress.step < train.steps and progress.evaluations_since_best < patience and not interrupted:
             model.train()
-            batch_losses = []
             batch = next(batches).to(accelerator.device)  # (2, rows of this process, T of the sequence)
-            for i, rows in enumerate(batch.chunk(train.gradient_accumulation_steps, dim=1)):
-                inputs, targets = (share.chunk(tokens) for tokens in rows)  # (B, T)
-                arguments = {
-                    "labels": targets,
-                    "shift_labels": targets,  # shifted already, so that each of the T positions predicts a token
-                    # The mean over processes is then one over tokens, though chunks differ in length.
-                    "num_items_in_batch": (rows[1] != IGNORED).sum() / share.context_ranks,
-                    "use_cache": False,
-                }
-                if train.carry_state:
-                    arguments |= {"past_key_values": state.caches[i], "reset_mask": inputs == tokenizer.eos_token_id}
-                with accelerator.accumulate(training_model):
-                    if train.chunk_length:
-                        arguments["num_items_in_batch"] *= train.gradient_accumulation_steps
-                        loss = sequence_chunked_backward(
-                            training_model, inputs, chunk_size=train.chunk_length, **arguments
-                        )
-                        loss *= train.gradient_accumulation_steps
-                    else:
-                        loss = training_model(
-                            inputs, context_parallel_group=share.context_group, logits_to_keep=NO_LOGITS, **arguments
-                        ).loss
-                        accelerator.backward(loss)
-                batch_losses.append(loss.detach())
-                if train.carry_state:
-                    for layer in state.caches[i].layers:
-                        layer.detach()
-            loss = accelerator.reduce(torch.stack(batch_losses).mean(), "mean")
+            losses_of_parts = forward_and_backward(accelerator, training_model, batch, state, train, share, tokenizer)
+            loss = accelerator.reduce(torch.stack(losses_of_parts).mean(), "mean")
             grad_norm = gradient_norm(model)
             share_of_rate = schedule(train, progress.step)
             for group in optimizer.param_groups:
@@ -254,22 +227,7 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
                 losses.append(loss)
                 progress.skipped_in_a_row = 0
             else:
-                report = write_nonfinite(accelerator, output_dir, state, batch_losses)
-                if train.on_nonfinite == "stop":
-                    raise InputError(
-                        f"the loss or a gradient is not finite at step {progress.step + 1}, see {report}: go on from "
-                        "the last checkpoint with train.resume=true and a lower train.learning_rate or "
-                        "train.on_nonfinite=skip"
-                    )
-                progress.skipped_steps += 1
-                progress.skipped_in_a_row += 1
-                if progress.skipped_in_a_row > MOST_SKIPPED_STEPS:
-                    raise InputError(
-                        f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, see "
-                        f"{report}: go on with train.resume=true and a lower train.learning_rate"
-                    )
-                for cache in state.caches:
-                    cache.reset()  # what made the loss infinite may be in the state
+                skip_step(config, accelerator, state, losses_of_parts)
                 record(skipped_steps=progress.skipped_steps)
             optimizer.zero_grad()
             progress.step += 1
@@ -339,6 +297,70 @@ def run(config: RunConfig, accelerator: Accelerator, share: Share, command: str,
     if config.hub.push and not interrupted and accelerator.is_main_process:
         print(f"published as {push_folder(output_dir, config.hub)}")
     return exit_code
+
+
+def forward_and_backward(
+    accelerator: Accelerator,
+    training_model: nn.Module,
+    batch: torch.Tensor,
+    state: TrainingState,
+    train: TrainConfig,
+    share: Share,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[torch.Tensor]:
+    """Add the gradients of a batch (2, rows of this process, T of the sequence); the loss of each micro-batch."""
+    losses = []
+    for i, rows in enumerate(batch.chunk(train.gradient_accumulation_steps, dim=1)):
+        inputs, targets = (share.chunk(tokens) for tokens in rows)  # (B, T)
+        arguments = {
+            "labels": targets,
+            "shift_labels": targets,  # shifted already, so that each of the T positions predicts a token
+            # The mean over processes is then one over tokens, though chunks differ in length.
+            "num_items_in_batch": (rows[1] != IGNORED).sum() / share.context_ranks,
+            "use_cache": False,
+        }
+        if train.carry_state:
+            arguments |= {"past_key_values": state.caches[i], "reset_mask": inputs == tokenizer.eos_token_id}
+        with accelerator.accumulate(training_model):
+            if train.chunk_length:
+                arguments["num_items_in_batch"] *= train.gradient_accumulation_steps
+                loss = sequence_chunked_backward(training_model, inputs, chunk_size=train.chunk_length, **arguments)
+                loss *= train.gradient_accumulation_steps
+            else:
+                loss = training_model(
+                    inputs, context_parallel_group=share.context_group, logits_to_keep=NO_LOGITS, **arguments
+                ).loss
+                accelerator.backward(loss)
+        losses.append(loss.detach())
+        if train.carry_state:
+            for layer in state.caches[i].layers:
+                layer.detach()
+    return losses
+
+
+def skip_step(
+    config: RunConfig, accelerator: Accelerator, state: TrainingState, losses_of_parts: list[torch.Tensor]
+) -> None:
+    """Count a step whose loss or gradients are not finite, and write a report of it.
+
+    Raises InputError with train.on_nonfinite=stop, and after MOST_SKIPPED_STEPS in a row.
+    """
+    train, progress = config.train, state.progress
+    report = write_nonfinite(accelerator, Path(train.output_dir), state, losses_of_parts)
+    if train.on_nonfinite == "stop":
+        raise InputError(
+            f"the loss or a gradient is not finite at step {progress.step + 1}, see {report}: go on from the last "
+            "checkpoint with train.resume=true and a lower train.learning_rate or train.on_nonfinite=skip"
+        )
+    progress.skipped_steps += 1
+    progress.skipped_in_a_row += 1
+    if progress.skipped_in_a_row > MOST_SKIPPED_STEPS:
+        raise InputError(
+            f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, see {report}: go "
+            "on with train.resume=true and a lower train.learning_rate"
+        )
+    for cache in state.caches:
+        cache.reset()  # what made the loss infinite may be in the state
 
 
 def load_data(
