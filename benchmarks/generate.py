@@ -159,11 +159,13 @@ def without_a_model(model: PreTrainedModel, work: Callable[[], object] = lambda:
 def measure(report: Report, cell_type: str) -> None:
     model, lengths = minrnn(cell_type), [length for length in PROMPTS if length <= report.options.longest]
     others = transformers_of_equal_size(model, positions=lengths[-1] + NEW_TOKENS)
-    shorter = {
-        "bfloat16": copy.deepcopy(model).bfloat16(),
-        "int8": in_eight_bits(model),
-        "int8 later": in_eight_bits(model, ["lm_head", "model.layers.0"]),
+    only = report.options.contenders
+    makers = {
+        "bfloat16": lambda: copy.deepcopy(model).bfloat16(),
+        "int8": partial(in_eight_bits, model),
+        "int8 later": partial(in_eight_bits, model, ["lm_head", "model.layers.0"]),
     }
+    shorter = {name: make() for name, make in makers.items() if name in (only or [name])}
     models = {"minrnn": model, **shorter, "small": small_model(cell_type), **others}
     generator = torch.Generator().manual_seed(0)
     prompts = {length: torch.randint(VOCABULARY, (1, length), generator=generator) for length in lengths}
@@ -187,9 +189,10 @@ def measure(report: Report, cell_type: str) -> None:
     with torch.no_grad():
         exact = model(many).logits[:, -1]
         errors = {name: relative_error([each(many).logits[:, -1]], [exact]) for name, each in shorter.items()}
-    decoders = engines(others["gpt2"], others["llama"])
+    decoders = {} if only else engines(others["gpt2"], others["llama"])
     for name in ("onnx", "onnx int8"):
-        decoders[name], errors[name] = onnx(model, "int8" in name, many)
+        if name in (only or [name]):
+            decoders[name], errors[name] = onnx(model, "int8" in name, many)
     originals = {"ctranslate2 gpt2 float32": others["gpt2"], "llama.cpp llama F32": others["llama"], "onnx": model}
     for name, decode in decoders.items():
         tokens = by_engine(decode, prompts[SHORTEST], Clock())[:8]
@@ -200,7 +203,7 @@ def measure(report: Report, cell_type: str) -> None:
             for length in lengths
             if length == SHORTEST or name not in errors
         }
-    runs = {run: tokens for run, tokens in runs.items() if run[0] in (report.options.contenders or [run[0]])}
+    runs = {run: tokens for run, tokens in runs.items() if run[0] in (only or [run[0]])}
     prefills: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
 
     def sample(run: tuple[str, int]) -> float:
@@ -213,7 +216,7 @@ def measure(report: Report, cell_type: str) -> None:
         (name, B): partial(seconds_per_step, models[name], prompts[SHORTEST].expand(B, -1).contiguous())
         for B in BATCHES
         for name in ("minrnn", *shorter)
-        if name in (report.options.contenders or [name])
+        if name in (only or [name])
     }
 
     def read() -> float:
@@ -295,7 +298,7 @@ def measure_on_gpu(report: Report, cell_type: str) -> None:
 def main() -> None:
     flags = parser("generate", __doc__, rounds=7)
     flags.add_argument("--longest", type=int, default=PROMPTS[-1], help="no prompts above so many tokens")
-    flags.add_argument("--contenders", nargs="+", default=[], help="only these")
+    flags.add_argument("--contenders", nargs="+", default=[], help="only these, none of engines.py but ONNX")
     report = Report(flags.parse_args())
     for cell_type in ("mingru", "minlstm"):
         if report.wants(cell_type):
