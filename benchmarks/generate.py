@@ -189,7 +189,8 @@ def measure(report: Report, cell_type: str) -> None:
     with torch.no_grad():
         exact = model(many).logits[:, -1]
         errors = {name: relative_error([each(many).logits[:, -1]], [exact]) for name, each in shorter.items()}
-    decoders = {} if only else engines(others["gpt2"], others["llama"])
+    with_engines = not only or any(name.startswith(("ctranslate2", "llama.cpp")) for name in only)
+    decoders = engines(others["gpt2"], others["llama"]) if with_engines else {}
     for name in ("onnx", "onnx int8"):
         if name in (only or [name]):
             decoders[name], errors[name] = onnx(model, "int8" in name, many)
@@ -298,7 +299,7 @@ def measure_on_gpu(report: Report, cell_type: str) -> None:
 def main() -> None:
     flags = parser("generate", __doc__, rounds=7)
     flags.add_argument("--longest", type=int, default=PROMPTS[-1], help="no prompts above so many tokens")
-    flags.add_argument("--contenders", nargs="+", default=[], help="only these, none of engines.py but ONNX")
+    flags.add_argument("--contenders", nargs="+", default=[], help="only these")
     report = Report(flags.parse_args())
     for cell_type in ("mingru", "minlstm"):
         if report.wants(cell_type):
