@@ -4,6 +4,7 @@ import atexit
 import glob
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from training.config import STDLIB, DataConfig, InputError, MixedConfig
 from training.data import (
     PIECE_CHARACTERS,
     RandomWindows,
+    StoredTokens,
     StreamedWindows,
     TokenStream,
     WorkerWindows,
@@ -309,14 +311,16 @@ def test_a_vocabulary_beyond_16_bits_keeps_its_ids():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    for name, value in {"files.BLOCK_BYTES": 2**12, "data.PIECE_CHARACTERS": 2**10, "data.PIECES_AT_ONCE": 4}.items():
+    sizes = {"files.BLOCK_BYTES": 2**12, "data.PIECE_CHARACTERS": 2**10, "data.PIECES_AT_ONCE": 4}
+    for name, value in {**sizes, "data.DIGESTED_AT_ONCE": 2**12}.items():
         monkeypatch.setattr(f"training.{name}", value)
 
 
-def traced_stream(documents):
-    """Of bytes, and how much memory it took to make."""
+def traced_stream(documents, tokenizer=None):
+    """By default of bytes, and how much memory it took to make it and its digest."""
     tracemalloc.start()
-    stream = token_stream(documents, byte_tokenizer())
+    stream = token_stream(documents, tokenizer or byte_tokenizer())
+    stream.digest()
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return tokens(stream), peak_bytes
@@ -325,12 +329,34 @@ def traced_stream(documents):
 LONG_TEXT = "a line of some length, é\n" * 20_000  # 0.5 MB, tokens of 1 MB
 
 
-def test_a_file_is_tokenised_in_a_fraction_of_its_size(tmp_path, small_pieces):
+def longer_byte_tokenizer():
+    """Ids as those of `byte_tokenizer`, as long as no text has the token that this one has more."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["a line of another length"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), longer_byte_tokenizer()], ids=["bytes", "by the tokenizer"])
+def test_a_file_is_tokenised_in_a_fraction_of_its_size(tmp_path, small_pieces, tokenizer):
     (tmp_path / "input.txt").write_text(LONG_TEXT)
     training, _ = load_documents(DataConfig(files=[str(tmp_path / "input.txt")]))
-    ids, peak_bytes = traced_stream(training)
+    ids, peak_bytes = traced_stream(training, tokenizer)
     assert ids == list(LONG_TEXT[: int(0.9 * len(LONG_TEXT))].encode())
     assert peak_bytes < 0.4e6
+
+
+def test_what_is_read_of_stored_tokens_does_not_stay_in_memory():
+    def resident_kb():
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    stored = StoredTokens(np.dtype("uint16"))
+    for _ in range(64):
+        stored.append(np.zeros(2**19, np.uint16))  # 64 MB
+    stream = TokenStream([stored])
+    before = resident_kb()
+    stream.digest()
+    assert resident_kb() < before + 2**14
+    np.testing.assert_array_equal(stored[-3:], [0, 0, 0])
 
 
 def test_a_document_of_a_data_set_is_never_a_list_of_its_tokens(small_pieces):

@@ -13,7 +13,7 @@ import sysconfig
 import tokenize
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import chain, islice, repeat, tee
@@ -51,6 +51,7 @@ PIECE_CHARACTERS = 2**14
 PIECES_AT_ONCE = 64
 # Documents tokenised per call.
 DOCUMENT_BATCH = 64
+DIGESTED_AT_ONCE = 2**20  # tokens
 READING = "data, while it is read"
 IGNORED = -100  # a target that the loss leaves out, by torch's convention
 
@@ -246,14 +247,17 @@ def is_in_split(fraction: float, held_out: bool, text: str) -> bool:
     return is_held_out(text, fraction) == held_out
 
 
-def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence[int]]:
     """Token ids of documents, piece by piece, after the last piece of each an end token."""
     return encode_pieces(chain.from_iterable(chain(cut([text]), [None]) for text in texts), tokenizer)
 
 
-def encode_pieces(pieces: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+def encode_pieces(pieces: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence[int]]:
     """Token ids of each piece of a document; of None, which stands after the last piece, an end token."""
     pieces = iter(pieces)
+    if gives_bytes(tokenizer):  # which needs no asking
+        end = [tokenizer.eos_token_id]
+        yield from (end if piece is None else np.frombuffer(piece.encode(), np.uint8) for piece in pieces)
     while batch := list(islice(pieces, PIECES_AT_ONCE)):
         texts = [piece for piece in batch if piece is not None]
         # split_special_tokens: text that spells a special token is text, not an end of document.
@@ -269,6 +273,13 @@ def encode_pieces(pieces: Iterable[str | None], tokenizer: PreTrainedTokenizerBa
         )
         ids = iter(ids)
         yield from ([tokenizer.eos_token_id] if piece is None else next(ids) for piece in batch)
+
+
+def gives_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is `byte_tokenizer()`, in all that decides about tokens."""
+    from .tokenizers import byte_tokenizer  # which reads text by `cut`
+
+    return tokenizer.is_fast and tokenizer.backend_tokenizer.to_str() == byte_tokenizer().backend_tokenizer.to_str()
 
 
 def cut(blocks: Iterable[str]) -> Iterator[str]:
@@ -288,15 +299,40 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
         yield text
 
 
+class StoredTokens:
+    """Token ids in a file without a name, which goes with them. A slice is read when it is asked for.
+
+    A memory map would do as much, but what it has read once counts as memory of the process.
+    """
+
+    def __init__(self, dtype: np.dtype):
+        self.file, self.dtype, self.count = TemporaryFile(), dtype, 0
+
+    def __del__(self) -> None:
+        self.file.close()
+
+    def append(self, ids: Sequence[int]) -> None:
+        self.file.write(np.array(ids, dtype=self.dtype).data)
+        self.count += len(ids)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        first, last, _ = part.indices(self.count)
+        self.file.seek(first * self.dtype.itemsize)
+        return np.fromfile(self.file, self.dtype, max(0, last - first))
+
+
 class TokenStream:
-    """A sequence of token ids over arrays that stay where they are: memory-mapped where the data set is on disk.
+    """A sequence of token ids over arrays that stay where they are, on disk where the text or the data set is.
 
     predicted_bytes: UTF-8 bytes of the text of all tokens but the first, which nothing predicts; None if not counted.
     """
 
     is_one_text = True
 
-    def __init__(self, arrays: list[np.ndarray], predicted_bytes: int | None = None):
+    def __init__(self, arrays: list[np.ndarray | StoredTokens], predicted_bytes: int | None = None):
         self.arrays, self.predicted_bytes = arrays, predicted_bytes
         self.starts = np.cumsum([0, *map(len, arrays)])
 
@@ -307,7 +343,8 @@ class TokenStream:
         """SHA-256 of the tokens."""
         digest = hashlib.sha256()
         for tokens in self.arrays:
-            digest.update(np.ascontiguousarray(tokens))
+            for start in range(0, len(tokens), DIGESTED_AT_ONCE):
+                digest.update(np.ascontiguousarray(tokens[start : start + DIGESTED_AT_ONCE]))
         return digest.hexdigest()
 
     def batches(self, chunk_tokens: int) -> Iterator[torch.Tensor]:
@@ -357,28 +394,27 @@ def token_stream(
 def counted_stream(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> TokenStream:
-    """A token_stream that knows its `predicted_bytes`. The tokens lie in a file without a name that goes with them."""
+    """A token_stream that knows its `predicted_bytes`, of StoredTokens."""
     pieces, texts = tee(
         piece
         for document in documents
         for piece in (*cut([document["text"]]), *([None] if document.get("ends", True) else []))
     )
-    dtype, count, predicted_bytes = id_type(tokenizer), 0, 0
-    bar = tqdm(desc="Tokenising", unit=" tokens", unit_scale=True)
-    with readable(READING), bar, TemporaryFile() as file:
+    tokens, predicted_bytes = StoredTokens(id_type(tokenizer)), 0
+    with readable(READING), tqdm(desc="Tokenising", unit=" tokens", unit_scale=True) as bar:
         for text, ids in zip(texts, encode_pieces(pieces, tokenizer)):
-            before, count = count, count + len(ids)
-            file.write(np.array(ids, dtype=dtype).data)
+            before = len(tokens)
+            tokens.append(ids)
             bar.update(len(ids))
             if text is not None:
-                within = max_tokens - before if max_tokens and count > max_tokens else None
+                within = max_tokens - before if max_tokens and len(tokens) > max_tokens else None
                 predicted_bytes += bytes_of_tokens(text, tokenizer, within)
-                predicted_bytes -= bytes_of_tokens(text, tokenizer, 1) if ids and not before else 0
-            if max_tokens and count > max_tokens:
+                predicted_bytes -= bytes_of_tokens(text, tokenizer, 1) if len(ids) and not before else 0
+            if max_tokens and len(tokens) > max_tokens:
                 break
-        file.flush()
-        tokens = np.memmap(file, dtype, "r")[:-1]  # end tokens separate documents: none after the last
-    return at_least_two(TokenStream([tokens[:max_tokens]], predicted_bytes))
+    # End tokens separate documents: none after the last.
+    tokens.count = min(len(tokens) - 1, max_tokens or len(tokens))
+    return at_least_two(TokenStream([tokens], predicted_bytes))
 
 
 def bytes_of_tokens(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int | None) -> int:
