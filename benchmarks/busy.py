@@ -1,6 +1,6 @@
 """How much slower is a step of the demo beside processes that take every core, and what do threads have to do with it?
 
-A step of configs/demo.yaml's model on 16 x 256 tokens, in processes of their own: of one thread, and of two whose
+A step of configs/demo.yaml, its model on its batch, in processes of their own: of one thread, and of two whose
 waiting threads spin (as libgomp has it) or sleep (as training/__init__.py has it). First alone, then beside so many
 processes that do nothing but count.
 
@@ -28,9 +28,10 @@ import train
 keep_freed_memory()
 torch.manual_seed(0)
 tokenizer = byte_tokenizer()
-model = train.build_model(load_config("configs/demo.yaml", []).model, tokenizer).train()
+config = load_config("configs/demo.yaml", [])
+model = train.build_model(config.model, tokenizer).train()
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-tokens = torch.randint(256, (16, 256))
+tokens = torch.randint(256, (config.train.batch_size, config.train.sequence_length))
 for line in sys.stdin:
     start = time.perf_counter()
     for _ in range(int(line)):
