@@ -13,8 +13,8 @@ Before timing, loss and gradients of "torch" and "numba" are compared with the l
 Targets: step / identity <= 1.10 numba, 1.20 torch (T = 256); step / products <= 1.15 (numba, T = 256);
 faster than llama and gpt2 (numba, T >= 1024).
 
---norm times the step of "numba" at T = 256, and that of configs/demo.yaml as it is and with the 128 columns that it had
-when its target was set, with RMSNorm by its kernel and by torch.
+--norm times the step of "numba" at T = 256, and that of configs/demo.yaml as it is and with the 128 columns that it
+had when its target was set, with RMSNorm by its kernel and by torch.
 Targets: step / products <= 1.10, the demo's <= 1.30.
 --cells times the step with each cell that --only wants beside minGRU's instead, and beside a Llama's of its size, in
 half as many layers, T = 1024, by "numba".
