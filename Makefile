@@ -4,7 +4,7 @@
 # make conformance   transformers' own tests of a model, those of FSDP among them, which take minutes
 # make soak   100 kills, 2000 damaged files and 10,000 steps: the long forms of tests, half an hour on one core
 # make docs   the documentation as a site, site/index.html; a link that leads nowhere is an error
-# Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=100"
+# Settings of the run go into ARGS:  make train ARGS="train.overwrite=true train.steps=500"
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -5,7 +5,7 @@ Real HTTP on loopback: 1, 4, 16 and 64 clients ask for streamed completions of 1
     minrnn         python -m modeling_minrnn.serve
     llama          transformers serve --continuous-batching, a Llama of equal size (within 3 %)
     llama.cpp      that Llama in llama.cpp's server, 64 slots, two threads, where it is installed (engines.py)
-Sizes: "demo" has 4 layers of width 128, as configs/demo.yaml, "10M" 6 of width 384. Weights are random and the head
+Sizes: "demo" has 4 layers of width 128, "10M" 6 of width 384. Weights are random and the head
 writes letters only, so that each token is a piece of the stream. The clients run in the process that measures, on the
 same cores; they note when bytes come and read them afterwards.
 

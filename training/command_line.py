@@ -17,7 +17,7 @@ def parse_command_line() -> argparse.Namespace:
     parser = Parser(description="Train a minGRU or minLSTM language model.")
     parser.add_argument("config", help="YAML file with the settings of the run, e.g. configs/demo.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=100, or another YAML file"
+        "overrides", nargs="*", metavar="section.key=value", help="e.g. train.steps=500, or another YAML file"
     )
     parser.add_argument("--print-config", action="store_true", help="print all settings of the run as YAML, and exit")
     command_line = parser.parse_intermixed_args()
