@@ -271,9 +271,9 @@ class Cell:
         """log |a| of the tokens, from which a memory follows."""
         return self.gates(projected, parameters, log_sums).log_decay
 
-    def gates_backward(self, projected: Tensor, d_log_odds: Tensor, d_candidate: Tensor) -> Tensor | None:
-        """The gradient of `projected` by hand, for a Convex cell without parameters; None leaves it to autograd."""
-        return None
+    # (projected, terms, d_log_odds, d_candidate) -> gradients of the blocks of `projected`, for a Convex cell without
+    # parameters and log-sums. None leaves it to autograd, which takes longer.
+    gates_backward: ClassVar[Any] = None
 
 
 @dataclass(frozen=True)
@@ -291,12 +291,13 @@ class _MinRNN(Cell):
     def _candidate(self, x: Tensor) -> Tensor:
         return g(x) if self.candidate == "g" else x
 
-    def _slope(self, x: Tensor) -> Tensor:
-        """The derivative of the candidate: 1 where x >= 0 and s * (1 - s), s = sigmoid(x), elsewhere."""
+    def _through_candidate(self, x: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        """The gradient of x from d, that of its candidate c."""
         if self.candidate == "linear":
-            return torch.ones_like(x)
-        s = torch.sigmoid(x.clamp(max=0))  # s * (1 - s) is 1/4 where x >= 0
-        return torch.addcmul(s, s, s, value=-1).add_(torch.ge(x, 0, out=torch.empty_like(s)), alpha=0.75)
+            return d
+        # c is sigmoid(x) where x < 0, of slope c * (1 - c). Elsewhere 1, as 1/4 and 3/4.
+        is_linear = torch.ge(x, 0, out=torch.empty_like(d))
+        return torch.ops.aten.sigmoid_backward(d, c.clamp(max=0.5)).addcmul_(is_linear, d, value=0.75)
 
 
 @dataclass(frozen=True)
@@ -310,8 +311,8 @@ class MinGRU(_MinRNN):
         gate, x = projected.chunk(2, -1)
         return Convex(gate, self._candidate(x))
 
-    def gates_backward(self, projected, d_log_odds, d_candidate):
-        return torch.cat([d_log_odds, d_candidate * self._slope(projected.chunk(2, -1)[1])], -1)
+    def gates_backward(self, projected, terms, d_log_odds, d_candidate):
+        return d_log_odds, self._through_candidate(projected.chunk(2, -1)[1], terms.candidate, d_candidate)
 
     def remembering_gates(self, timescales):
         return torch.log(torch.expm1(1 / timescales))
@@ -329,13 +330,14 @@ class MinLSTM(_MinRNN):
         # log i - log f, log sigmoid(x) being min(x, 0) + log sigmoid(|x|). The large parts are subtracted first: far
         # below zero only their difference counts. x - 2 min(x, 0) is |x| with the derivative that fits that of min.
         forget_low, input_low = forget.clamp(max=0), input_.clamp(max=0)
-        small = torch.log(torch.sigmoid(input_ - 2 * input_low) / torch.sigmoid(forget - 2 * forget_low))
+        i, f = (torch.sigmoid(torch.sub(y, low, alpha=2)) for y, low in ((input_, input_low), (forget, forget_low)))
+        small = torch.log(i / f)
         return Convex((input_low - forget_low) + small, self._candidate(x))
 
-    def gates_backward(self, projected, d_log_odds, d_candidate):
+    def gates_backward(self, projected, terms, d_log_odds, d_candidate):
         forget, input_, x = projected.chunk(3, -1)
         d_forget, d_input = torch.sigmoid(-forget).mul_(d_log_odds).neg_(), torch.sigmoid(-input_).mul_(d_log_odds)
-        return torch.cat([d_forget, d_input, d_candidate * self._slope(x)], -1)
+        return d_forget, d_input, self._through_candidate(x, terms.candidate, d_candidate)
 
     def remembering_gates(self, timescales):
         odds = torch.log(torch.expm1(1 / timescales))

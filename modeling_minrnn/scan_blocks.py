@@ -2,8 +2,8 @@
 
 n tokens of a block, B batch, D width of h, E log-sums. A block is time-major, (n, B, ...), and small enough to stay in
 cache between its gates and its recurrence. The backward pass computes each block again, but for its recurrences: their
-states are kept, and their derivative is by hand, as is that of gates for which the cell has one. The rest is left to
-autograd, of (log a, b) and never of a, which is as exact.
+states are kept, and their derivative is by hand. That of the gates is the cell's where it has one, else autograd's, of
+(log a, b) and never of a, which is as exact.
 """
 
 import functools
@@ -112,7 +112,6 @@ def scan_block(
     cell: Cell,
     block: Block,
     solver: Callable,
-    gates: Callable,
     x: Tensor,
     parameters: Tensor,
     reset_state: Tensor,
@@ -122,7 +121,6 @@ def scan_block(
 
     solver: (terms, block, reset_state, start) -> (states after each token, the last of them in the dtype of `start`),
         for `terms` of h and of L.
-    gates: those of the cell.
     """
     if cell.has_matrices:
         return ScanOutputs(*matrix_block(cell, x, parameters, state, reset_state, block.reset, block.padding))
@@ -135,7 +133,7 @@ def scan_block(
     if L.shape[-1]:
         log_sums, last_L = solver(cell.log_sum_gates(x, parameters), block, reset_L, L)
         before, L = block.before(log_sums.to(x.dtype), L, reset_L), last_L
-    states, h = solver(gates(x, parameters, before), block, reset_h, h)
+    states, h = solver(cell.gates(x, parameters, before), block, reset_h, h)
     if not cell.reads_out:
         return ScanOutputs(states, log_sums, torch.cat([h, L], -1))
     rest = torch.cat([states, log_sums], -1).to(x.dtype)
@@ -153,7 +151,7 @@ def forward(inputs: ScanInputs, chosen: Kernels) -> tuple[Tensor, Tensor, Tensor
     for start, stop in inputs.blocks(chosen.block_elements):
         block = inputs.block(start, stop)
         given = block.x, inputs.parameters, inputs.reset_state, state
-        *scanned, state = scan_block(inputs.cell, block, solver, inputs.cell.gates, *given)
+        *scanned, state = scan_block(inputs.cell, block, solver, *given)
         outputs[:, start:stop], rest[:, start:stop] = (x.transpose(0, 1) for x in scanned)
     return outputs, rest, final_state.copy_(state)
 
@@ -170,22 +168,29 @@ def backward(
     """Gradients of projected, parameters, initial_state and reset_state."""
     if chosen.fuses(inputs):
         return chosen.backward(inputs, outputs, rest, d_outputs, d_rest, d_final_state)
-    dtype, like = carry_dtype(inputs.projected.device), inputs.initial_state.dtype
-    states, bounds = inputs.cell.states_of(outputs, rest), inputs.blocks(chosen.block_elements)
+    cell, dtype, like = inputs.cell, carry_dtype(inputs.projected.device), inputs.initial_state.dtype
+    states, bounds = cell.states_of(outputs, rest), inputs.blocks(chosen.block_elements)
     d_projected = torch.empty(inputs.projected.shape, dtype=inputs.projected.dtype, device=inputs.projected.device)
     d_parameters, d_reset_state = (torch.zeros_like(x, dtype=dtype) for x in (inputs.parameters, inputs.reset_state))
     d_state = d_final_state.to(dtype)
     for (start, stop), state in reversed(list(zip(bounds, _starts(inputs, bounds, states)))):
         block = inputs.block(start, stop)
-        known = () if inputs.cell.has_matrices else [time_major(x, start, stop, like) for x in states]
-        solver = functools.partial(_Known.solve, known, chosen.solve)
-        given = block.x, inputs.parameters, inputs.reset_state.to(dtype), state
-        gates = functools.partial(_ByHand.gates, inputs.cell)
-        _, pull_back = derivative(functools.partial(scan_block, inputs.cell, block, solver, gates), *given)
-        d_x, d_p, d_r, d_state = pull_back(*(time_major(d, start, stop, like) for d in (d_outputs, d_rest)), d_state)
-        d_parameters += d_p
+        known = (x[:, start:stop].transpose(0, 1).to(like) for x in states)
+        upstream = (time_major(d, start, stop, like) for d in (d_outputs, d_rest))
+        if cell.gates_backward is not None:
+            terms = cell.gates(block.x, inputs.parameters, block.x)
+            before = block.before(next(known), state, inputs.reset_state)
+            d_terms, d_r, d_state = _solve_backward(terms, block, before, next(upstream), d_state, chosen.solve)
+            parts = cell.gates_backward(block.x, terms, *d_terms)
+        else:
+            solver = functools.partial(_Known.solve, () if cell.has_matrices else list(known), chosen.solve)
+            given = block.x, inputs.parameters, inputs.reset_state.to(dtype), state
+            _, pull_back = derivative(functools.partial(scan_block, cell, block, solver), *given)
+            *parts, d_p, d_r, d_state = pull_back(*upstream, d_state)
+            d_parameters += d_p
         d_reset_state += d_r
-        d_projected[:, start:stop] = _masked(d_x, block.padding, 0).transpose(0, 1)
+        parts = [_masked(part, block.padding, 0) for part in parts]
+        torch.cat(parts, -1, out=d_projected[:, start:stop].transpose(0, 1))
     return d_projected, d_parameters.to(like), d_state.to(like), d_reset_state.to(like)
 
 
@@ -196,7 +201,7 @@ def _starts(inputs: ScanInputs, bounds: list[tuple[int, int]], states: tuple[Ten
         if inputs.cell.has_matrices:
             block = inputs.block(start, stop)
             given = block.x, inputs.parameters, inputs.reset_state, starts[-1]
-            starts.append(scan_block(inputs.cell, block, NotImplemented, inputs.cell.gates, *given).final_state)
+            starts.append(scan_block(inputs.cell, block, NotImplemented, *given).final_state)
         else:
             starts.append(torch.cat([x[:, stop - 1] for x in states], -1).to(starts[0].dtype))
     return starts
@@ -255,18 +260,23 @@ def _share(terms: Convex | Linear, block: Block) -> Tensor:
     return _masked(share.expand(*block.x.shape[:2], -1), block.padding, -tiny)
 
 
-def _flow(share: Tensor, a: Tensor, upstream: Tensor, carry: Tensor, block: Block, solve) -> tuple[Tensor, Tensor]:
+def _kept(share: Tensor) -> Tensor:
+    """a of a share."""
+    return share - share.floor()
+
+
+def _flow(share: Tensor, upstream: Tensor, carry: Tensor, block: Block, solve: Callable) -> tuple[Tensor, Tensor]:
     """The gradients of the states after each token in total, and of the one before the block.
 
-    With d[t] = dL/dh[t] in total and e[t] = a[t] * d[t] the part that flows on to h[t-1]:
-    e[t] = a[t] * (upstream[t] + e[t+1]), a linear recurrence from the right. `carry` is e of the block on the right.
+    d[t] = upstream[t] + a[t+1] * d[t+1], a linear recurrence from the right; `carry` is a * d of the block there.
+    upstream: of the outputs alone; it becomes d.
     """
-    share, flow = _masked(share, block.reset, 0), _masked(a * upstream, block.reset, 0)
-    flow, start = solve(share, flow, carry, reverse=True)
-    d = upstream.clone()
-    d[:-1] += flow[1:]
-    d[-1] += carry
-    return d, start
+    share = _masked(share, block.reset, 0)
+    first = last = upstream[-1] + carry
+    if len(upstream) > 1:
+        upstream[:-1], first = solve(share[1:], upstream[:-1], last, reverse=True)
+    upstream[-1] = last
+    return upstream, _kept(share[0].to(carry.dtype)) * first
 
 
 def _solve(
@@ -282,31 +292,11 @@ def _solve(
         inflow = terms.inflow
     inflow = _masked(inflow, block.padding, 0).expand(share.shape)
     if block.reset is not None:
-        state = (share - share.floor()) * each.turned(reset_state)
+        state = _kept(share) * each.turned(reset_state)
         inflow = torch.where(block.reset, inflow + state, inflow)
         share = torch.where(block.reset, 0, share)
     states, carry = solve(share, frame.turned(inflow, back=True), carry)
     return frame.turned(states), end.turned(carry)
-
-
-class _ByHand(torch.autograd.Function):
-    """Gates whose derivative the cell gives by hand, in half of the time that autograd takes."""
-
-    @staticmethod
-    def gates(cell, x, parameters, log_sums):
-        if type(cell).gates_backward is Cell.gates_backward:
-            return cell.gates(x, parameters, log_sums)
-        return Convex(*_ByHand.apply(cell, x, parameters, log_sums))
-
-    @staticmethod
-    def forward(ctx, cell, x, parameters, log_sums):
-        ctx.cell = cell
-        ctx.save_for_backward(x)
-        return tuple(cell.gates(x, parameters, log_sums))
-
-    @staticmethod
-    def backward(ctx, d_log_odds, d_candidate):
-        return None, ctx.cell.gates_backward(*ctx.saved_tensors, d_log_odds, d_candidate), None, None
 
 
 class _Known(torch.autograd.Function):
@@ -327,36 +317,50 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_states, d_last):
         (states, reset_state, start, *terms), block = ctx.saved_tensors, ctx.block
-        gates, before = ctx.kind(*terms), block.before(states, start, reset_state)
-        if ctx.kind is LogSum:
-            # dL/d(L + log_decay) is a and dL/d score is 1 - a, with these log-odds.
-            log_decay, score = _log_sum_terms(gates, block, before)
-            gates = Convex(score - (before + log_decay), score)
-        share, (each, frame, end) = _share(gates, block), _turns(gates, block)
-        a, d_reset_state = share - share.floor(), None
-        upstream, carry = frame.turned(d_states, back=True), end.turned(d_last, back=True)
-        d, d_start = _flow(share, a, upstream, carry, block, ctx.solve)
-        d = frame.turned(d)
-        if block.reset is not None:
-            d_reset_state = (each.turned(a * d, back=True) * block.reset).sum((0, 1))
-        d = _masked(d, block.padding, 0)
-        if ctx.kind is LogSum:
-            d_terms = [a * d, (share.ceil() - share) * d]
-        elif ctx.kind is Convex:
-            d_candidate = share.ceil().sub_(share).mul_(d)
-            d_terms = [before.neg_().add_(gates.candidate).mul_(a).mul_(d_candidate), d_candidate]
-        else:
-            d_terms = _Known.of_linear(gates, a * each.turned(before), d)
+        before = block.before(states, start, reset_state)
+        upstream = d_states.clone(memory_format=torch.contiguous_format)
+        d_terms, *d_states = _solve_backward(ctx.kind(*terms), block, before, upstream, d_last, ctx.solve)
         d_terms = [None if d is None else d.sum_to_size(x.shape) for d, x in zip(d_terms, terms)]
-        return None, None, None, None, d_reset_state, d_start, *d_terms
+        return None, None, None, None, *d_states, *d_terms
 
-    @staticmethod
-    def of_linear(terms, kept, d):
-        """kept: what is left of h before each token. d: the gradient of h after it."""
-        if terms.phase is None:
-            return kept * d, d, None, None
-        (real, imaginary), (d_real, d_imaginary) = kept.chunk(2, -1), d.chunk(2, -1)
-        return torch.add(*(kept * d).chunk(2, -1)), d, None, real * d_imaginary - imaginary * d_real
+
+def _solve_backward(
+    terms: Convex | Linear | LogSum, block: Block, before: Tensor, upstream: Tensor, carry: Tensor, solve: Callable
+) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """The gradients of the terms, of the state that resets return to and of the one before the block, by hand.
+
+    before: the states before each token, overwritten. upstream, carry: the gradients of the states after each, which
+    is overwritten, and of the last one from the block on the right.
+    """
+    if isinstance(terms, LogSum):
+        # dL/d(L + log_decay) is a and dL/d score is 1 - a, with these log-odds.
+        log_decay, score = _log_sum_terms(terms, block, before)
+        gates: Convex | Linear = Convex(score - (before + log_decay), score)
+    else:
+        gates = terms
+    share, (each, frame, end) = _share(gates, block), _turns(gates, block)
+    upstream, carry = frame.turned(upstream, back=True), end.turned(carry, back=True)
+    d, d_start = _flow(share, upstream, carry, block, solve)
+    d, d_reset_state = frame.turned(d), d_start.new_zeros(d_start.shape[-1])
+    if block.reset is not None:
+        d_reset_state = (each.turned(_kept(share) * d, back=True) * block.reset).sum((0, 1))
+    d = _masked(d, block.padding, 0)
+    if isinstance(terms, Linear):
+        return _linear_backward(terms, _kept(share) * each.turned(before), d), d_reset_state, d_start
+    d_inflow = share.ceil().sub_(share).mul_(d)
+    if isinstance(terms, LogSum):
+        return [_kept(share) * d, d_inflow], d_reset_state, d_start
+    # a * (1 - a) is the slope of sigmoid, to all digits from the smaller of the two.
+    slope_of = torch.ops.aten.sigmoid_backward
+    return [slope_of(before.neg_().add_(terms.candidate).mul_(d), share.abs()), d_inflow], d_reset_state, d_start
+
+
+def _linear_backward(terms: Linear, kept: Tensor, d: Tensor) -> list[Tensor | None]:
+    """kept: what is left of h before each token. d: the gradient of h after it."""
+    if terms.phase is None:
+        return [kept * d, d, None, None]
+    (real, imaginary), (d_real, d_imaginary) = kept.chunk(2, -1), d.chunk(2, -1)
+    return [torch.add(*(kept * d).chunk(2, -1)), d, None, real * d_imaginary - imaginary * d_real]
 
 
 # The recurrence of L: the same with additions for products, and logaddexp for additions.

@@ -20,9 +20,7 @@ def plain_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """`operators.scan`."""
     block, dtype = inputs.block(0, inputs.projected.shape[1]), inputs.initial_state.dtype
     start = inputs.initial_state.to(carry_dtype(inputs.initial_state.device))
-    scanned = scan_block(
-        inputs.cell, block, _solve, inputs.cell.gates, block.x, inputs.parameters, inputs.reset_state, start
-    )
+    scanned = scan_block(inputs.cell, block, _solve, block.x, inputs.parameters, inputs.reset_state, start)
     outputs, rest = (x.transpose(0, 1) for x in scanned[:2])
     return outputs.to(inputs.projected.dtype), rest.to(dtype), scanned.final_state.to(dtype)
 

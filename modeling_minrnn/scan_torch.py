@@ -18,8 +18,8 @@ def solve(share: Tensor, inflow: Tensor, carry: Tensor, reverse: bool = False) -
         carry: (B, D), h before the first token, in float64 (where the device has it).
         reverse: from the last token to the first.
     """
-    a = share.to(carry.dtype)
-    a = a - a.floor()
+    a = share.to(carry.dtype, copy=True)
+    a.sub_(a.floor())
     states = inflow.to(carry.dtype)
     return states, _linear_scan_(a, states, carry, reverse)
 
