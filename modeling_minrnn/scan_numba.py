@@ -213,35 +213,35 @@ def prefetch(row, back):
 
 
 @scalar
-def exp_and_rest(x):
-    """exp(x) and 1 - exp(x), each to 2 ulp, for float32 x <= 0; below -87 as at -87, where exp is about 1e-38."""
+def exp_ratio(x):
+    """p, q and q - p with exp(x) = p / q, for float32 x <= 0; below -87 as at -87, where exp is about 1e-38.
+
+    To 2 ulp where the processor multiplies and adds at once. A sigmoid, p / (p + q), divides but once.
+    """
     x = np.float32(-87.0) if x < np.float32(-87.0) else x
-    # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits, ready to become the exponent.
+    # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits, ready to be added to an exponent.
     shifted = x * np.float32(1.4426950408889634) + np.float32(12582912.0)
     n = shifted - np.float32(12582912.0)
-    r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)  # ln 2 in two parts
-    # Degree-6 Chebyshev fit of exp on [-ln2/2, ln2/2], relative error 3e-9, less 1.
-    p = np.float32(0.0013941108481958508)
-    p = p * r + np.float32(0.00837512593716383)
-    p = p * r + np.float32(0.04166635125875473)
-    p = p * r + np.float32(0.16666415333747864)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    power = (np.float32(shifted).view(np.int32) + np.int32(127)) << np.int32(23)
-    exp = (p * r + np.float32(1.0)) * np.int32(power).view(np.float32)
-    return exp, -p * r if n == np.float32(0.0) else np.float32(1.0) - exp
+    r = x - n * np.float32(0.6931471805599453)
+    # Pade's approximant on [-ln2/2, ln2/2], relative error 7e-9: AVX2 has no registers for a polynomial's constants.
+    square = r * r
+    even, odd = np.float32(1.0) + np.float32(0.1) * square, r * (np.float32(0.5) + np.float32(1 / 120) * square)
+    p, q = np.float32(even + odd), np.float32(even - odd)
+    p = np.int32(p.view(np.int32) + (np.float32(shifted).view(np.int32) << np.int32(23))).view(np.float32)
+    return p, q, np.float32(-2.0) * odd if n == np.float32(0.0) else q - p
 
 
 @scalar
 def exp_nonpositive(x):
-    return exp_and_rest(x)[0]
+    p, q, _ = exp_ratio(x)
+    return p / q
 
 
 @scalar
 def log1p_exp(x):
     """log(1 + exp(x)), x <= 0."""
-    e = exp_and_rest(x)[0]
-    s = e / (np.float32(2.0) + e)  # log(1 + e) = 2 atanh(s), s <= 1/3
+    p, q, _ = exp_ratio(x)
+    s = p / (np.float32(2.0) * q + p)  # log(1 + e) = 2 atanh(e / (2 + e)), at most 1/3
     q = s * s
     p = np.float32(1 / 13) + q * np.float32(1 / 15)
     p = np.float32(1 / 9) + q * (np.float32(1 / 11) + q * p)
@@ -259,16 +259,25 @@ def log_sum_step(kept, score):
 @scalar
 def sigmoids(x):
     """sigmoid(x) and sigmoid(-x)."""
-    e = exp_nonpositive(-abs(x))
-    large = np.float32(1.0) / (np.float32(1.0) + e)
-    small = e * large
+    p, q, _ = exp_ratio(-abs(x))
+    scale = np.float32(1.0) / (p + q)
+    small, large = p * scale, q * scale
     is_large = x >= np.float32(0.0)
     return large if is_large else small, small if is_large else large
 
 
 @scalar
+def share_of(log_odds):
+    """The share of `scan_torch.solve`, and 1 - a."""
+    p, q, _ = exp_ratio(-abs(log_odds))
+    scale = np.float32(1.0) / (p + q)
+    small, large, is_a = p * scale, q * scale, log_odds >= np.float32(0.0)
+    return small if is_a else -small, large if is_a else small
+
+
+@scalar
 def smaller(a, z):
-    """The share of `scan_torch.solve` for a and z = 1 - a: the smaller one, with a sign that says which."""
+    """The share for a and z = 1 - a: the smaller one, with a sign that says which."""
     return a if a < z else -z
 
 
@@ -285,9 +294,9 @@ def both(share):
 
 @scalar
 def mingru_gates(gate, x, is_linear):
-    a, z = sigmoids(-gate)
+    share, z = share_of(gate)
     c, slope = candidate_and_slope(x, is_linear)
-    return smaller(a, z), np.float32(1.0), z * c, c, slope
+    return share, np.float32(1.0), z * c, c, slope
 
 
 @scalar
@@ -302,10 +311,10 @@ def candidate_and_slope(x, is_linear):
     """x and 1, or g(x) = x + 0.5 where x >= 0, sigmoid(x) elsewhere, and g'(x)."""
     one = np.float32(1.0)
     nonnegative = x >= np.float32(0.0)
-    e = exp_nonpositive(np.float32(0.0) if nonnegative else x)
-    share = one / (one + e)
-    sigmoid = e * share
-    c, slope = x + np.float32(0.5) if nonnegative else sigmoid, one if nonnegative else sigmoid * share
+    p, q, _ = exp_ratio(np.float32(0.0) if nonnegative else x)
+    scale = one / (p + q)
+    sigmoid = p * scale
+    c, slope = x + np.float32(0.5) if nonnegative else sigmoid, one if nonnegative else sigmoid * (q * scale)
     return x if is_linear else c, one if is_linear else slope
 
 
@@ -315,14 +324,15 @@ def minlstm_gates(forget, input_, x, is_linear):
 
     With 1 / f = 1 + exp(-forget): a = (1 + exp(-input_)) / (2 + exp(-input_) + exp(-forget)). Numerator and
     denominator are scaled by exp(min(forget, input_, 0)), so that no exponent is positive; one of the three that are
-    left is 0.
+    left is 0. The other two are ratios, brought to one denominator.
     """
     one, zero = np.float32(1.0), np.float32(0.0)
     is_less = forget < input_
     less, more = forget if is_less else input_, input_ if is_less else forget
     is_negative = less < zero
-    e_less, e_more = exp_nonpositive(-abs(less)), exp_nonpositive(less - more if is_negative else -more)
-    scale, e_less = e_less if is_negative else one, one if is_negative else e_less
+    (p_less, q_less, _), (p_more, q_more, _) = exp_ratio(-abs(less)), exp_ratio(less - more if is_negative else -more)
+    scale, e_less = (p_less, q_less) if is_negative else (q_less, p_less)
+    scale, e_less, e_more = scale * q_more, e_less * q_more, p_more * q_less
     e_forget, e_input = e_less if is_less else e_more, e_more if is_less else e_less
     over_f, over_i = scale + e_forget, scale + e_input  # scale / f, scale / i
     total = one / (over_f + over_i)
@@ -342,9 +352,9 @@ def minlstm_pull_back(x, is_linear, share, z_not_f, a_not_i, h, d):
 @scalar
 def signed_gates(decay, gate, x):
     one = np.float32(1.0)
-    e, rest = exp_and_rest(np.float32(-2.0) * abs(decay))
-    scale = one / (one + e)
-    share = smaller(rest * scale, np.float32(2.0) * e * scale)
+    p, q, rest = exp_ratio(np.float32(-2.0) * abs(decay))
+    scale = one / (p + q)
+    share = smaller(rest * scale, np.float32(2.0) * p * scale)
     open_, shut = sigmoids(gate)
     return share, one if decay >= np.float32(0.0) else -one, open_ * x, open_, shut
 
@@ -358,7 +368,8 @@ def signed_pull_back(x, share, open_, shut, h, d):
 @scalar
 def rglru_gates(r, i, x, rate, is_first):
     """rate: 8 softplus(decay); spared: what x is scaled by, and sigmoid(i)."""
-    a, z = exp_and_rest(-rate * sigmoids(r)[0])
+    p, q, rest = exp_ratio(-rate * sigmoids(r)[0])
+    a, z = p / q, rest / q
     scale = np.float32(1.0) if is_first else math.sqrt(z * (np.float32(1.0) + a))
     open_ = sigmoids(i)[0]
     return smaller(a, z), np.float32(1.0), scale * open_ * x, scale, open_
@@ -514,7 +525,7 @@ def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows, 
         for d in range(len(x)):
             d_q[0][d] += wide[d]
     if code == RGLRU:
-        L_carry[0] = both(np.float64(smaller(*sigmoids(L[0]))))[0] * (L_carry[0] + d_L[0])
+        L_carry[0] = both(np.float64(share_of(-L[0])[0]))[0] * (L_carry[0] + d_L[0])
     if code & AAREN:
         for e in range(len(L)):
             d_odds, (a, not_a) = row_sum(d_gate, e * size, (e + 1) * size), both(np.float64(share[e * size]))
