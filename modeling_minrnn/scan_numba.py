@@ -288,6 +288,13 @@ def both(share):
     return share if is_a else one + share, one - share if is_a else -share
 
 
+@scalar
+def kept(share):
+    """a in float64: with AVX2 in fewer instructions than `both`."""
+    share = np.float64(share)
+    return share - np.floor(share)
+
+
 # The cells that are computed in one pass. `gates` of a token's p0, p1, p2, in the order of `projected`, and of q, what
 # its parameters come to: share, sign of a and inflow, and two numbers that `pull_back` is spared.
 
@@ -476,7 +483,7 @@ def forward_row(code, p, q, carry, L, states, rows):
             sign[d] = turn
     for d in range(len(x)):
         turned = sign[d] * carry[d] if code == SIGNED else carry[d]
-        carry[d] = both(np.float64(share[d]))[0] * turned + inflow[d]
+        carry[d] = kept(share[d]) * turned + inflow[d]
         states[d] = np.float32(carry[d])
 
 
@@ -508,7 +515,7 @@ def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows, 
     for d in range(len(x)):
         d_state = carry[d] + upstream[d]
         total[d] = np.float32(d_state)
-        carry[d] = both(np.float64(share[d]))[0] * (sign[d] * d_state if code == SIGNED else d_state)
+        carry[d] = kept(share[d]) * (sign[d] * d_state if code == SIGNED else d_state)
     prefetch(d_p[1], back[1])
     if columns == 3:
         prefetch(z, back[0])
@@ -525,7 +532,7 @@ def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows, 
         for d in range(len(x)):
             d_q[0][d] += wide[d]
     if code == RGLRU:
-        L_carry[0] = both(np.float64(share_of(-L[0])[0]))[0] * (L_carry[0] + d_L[0])
+        L_carry[0] = kept(share_of(-L[0])[0]) * (L_carry[0] + d_L[0])
     if code & AAREN:
         for e in range(len(L)):
             d_odds, (a, not_a) = row_sum(d_gate, e * size, (e + 1) * size), both(np.float64(share[e * size]))
@@ -557,7 +564,7 @@ def rwkv_forward_row(p, q, carry, L, out, states, log_sums, rows, larger):
         less[d] = log1p_exp(-abs(odds[d]))
         out[d] = sigmoids(r[d])[0] * (before[d] + sigmoids(out_odds[d])[0] * (v[d] - before[d]))
     for d in range(len(k)):
-        carry[d] = both(np.float64(share[d]))[0] * carry[d] + inflow[d]
+        carry[d] = kept(share[d]) * carry[d] + inflow[d]
         L[d] = larger[d] + less[d]
         states[d], log_sums[d] = np.float32(carry[d]), np.float32(L[d])
 
@@ -719,7 +726,7 @@ def solve_kernel(share, share_stride, states, carry, T, D, is_reverse, b_start, 
         row = share[t * share_stride + d_start : t * share_stride + d_stop]
         out = states[t * D + d_start : t * D + d_stop]
         for d in range(d_stop - d_start):
-            carry[d] = both(np.float64(row[d]))[0] * carry[d] + out[d]
+            carry[d] = kept(row[d]) * carry[d] + out[d]
             out[d] = np.float32(carry[d])
 
 
