@@ -327,7 +327,7 @@ def candidate_and_slope(x, is_linear):
 
 @scalar
 def minlstm_gates(forget, input_, x, is_linear):
-    """a = f / (f + i), f = sigmoid(forget), i = sigmoid(input_); spared: (1 - f) z and (1 - i) a.
+    """a = f / (f + i), f = sigmoid(forget), i = sigmoid(input_); spared: (1 - f) a z and (1 - i) a z.
 
     With 1 / f = 1 + exp(-forget): a = (1 + exp(-input_)) / (2 + exp(-input_) + exp(-forget)). Numerator and
     denominator are scaled by exp(min(forget, input_, 0)), so that no exponent is positive; one of the three that are
@@ -345,15 +345,14 @@ def minlstm_gates(forget, input_, x, is_linear):
     total = one / (over_f + over_i)
     a, z = over_i * total, over_f * total
     c, _ = candidate_and_slope(x, is_linear)
-    return smaller(a, z), one, z * c, e_forget * total, e_input * total
+    return smaller(a, z), one, z * c, e_forget * total * a, e_input * total * z
 
 
 @scalar
-def minlstm_pull_back(x, is_linear, share, z_not_f, a_not_i, h, d):
+def minlstm_pull_back(x, is_linear, share, to_forget, to_input, h, d):
     c, slope = candidate_and_slope(x, is_linear)
-    a, z = both(share)
     d_a = d * (h - c)
-    return d_a * a * z_not_f, -d_a * z * a_not_i, d * z * slope
+    return d_a * to_forget, -d_a * to_input, d * both(share)[1] * slope
 
 
 @scalar
