@@ -289,7 +289,7 @@ def both(share):
 
 
 @scalar
-def kept(share):
+def a_of(share):
     """a in float64: with AVX2 in fewer instructions than `both`."""
     share = np.float64(share)
     return share - np.floor(share)
@@ -482,7 +482,7 @@ def forward_row(code, p, q, carry, L, states, rows):
             sign[d] = turn
     for d in range(len(x)):
         turned = sign[d] * carry[d] if code == SIGNED else carry[d]
-        carry[d] = kept(share[d]) * turned + inflow[d]
+        carry[d] = a_of(share[d]) * turned + inflow[d]
         states[d] = np.float32(carry[d])
 
 
@@ -514,7 +514,7 @@ def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows, 
     for d in range(len(x)):
         d_state = carry[d] + upstream[d]
         total[d] = np.float32(d_state)
-        carry[d] = kept(share[d]) * (sign[d] * d_state if code == SIGNED else d_state)
+        carry[d] = a_of(share[d]) * (sign[d] * d_state if code == SIGNED else d_state)
     prefetch(d_p[1], back[1])
     if columns == 3:
         prefetch(z, back[0])
@@ -531,7 +531,7 @@ def backward_row(code, columns, p, q, before, d_after, carries, d_p, d_q, rows, 
         for d in range(len(x)):
             d_q[0][d] += wide[d]
     if code == RGLRU:
-        L_carry[0] = kept(share_of(-L[0])[0]) * (L_carry[0] + d_L[0])
+        L_carry[0] = a_of(share_of(-L[0])[0]) * (L_carry[0] + d_L[0])
     if code & AAREN:
         for e in range(len(L)):
             d_odds, (a, not_a) = row_sum(d_gate, e * size, (e + 1) * size), both(np.float64(share[e * size]))
@@ -563,7 +563,7 @@ def rwkv_forward_row(p, q, carry, L, out, states, log_sums, rows, larger):
         less[d] = log1p_exp(-abs(odds[d]))
         out[d] = sigmoids(r[d])[0] * (before[d] + sigmoids(out_odds[d])[0] * (v[d] - before[d]))
     for d in range(len(k)):
-        carry[d] = kept(share[d]) * carry[d] + inflow[d]
+        carry[d] = a_of(share[d]) * carry[d] + inflow[d]
         L[d] = larger[d] + less[d]
         states[d], log_sums[d] = np.float32(carry[d]), np.float32(L[d])
 
@@ -725,7 +725,7 @@ def solve_kernel(share, share_stride, states, carry, T, D, is_reverse, b_start, 
         row = share[t * share_stride + d_start : t * share_stride + d_stop]
         out = states[t * D + d_start : t * D + d_stop]
         for d in range(d_stop - d_start):
-            carry[d] = kept(row[d]) * carry[d] + out[d]
+            carry[d] = a_of(row[d]) * carry[d] + out[d]
             out[d] = np.float32(carry[d])
 
 
