@@ -5,9 +5,9 @@ Real HTTP on loopback: 1, 4, 16 and 64 clients ask for streamed completions of 1
     minrnn         python -m modeling_minrnn.serve
     llama          transformers serve --continuous-batching, a Llama of equal size (within 3 %)
     llama.cpp      that Llama in llama.cpp's server, 64 slots, two threads, where it is installed (engines.py)
-Sizes: "demo" has 4 layers of width 128, "10M" 6 of width 384. Weights are random and the head
-writes letters only, so that each token is a piece of the stream. The clients run in the process that measures, on the
-same cores; they note when bytes come and read them afterwards.
+Sizes: "demo" has 4 layers of width 128, "10M" 6 of width 384. Weights are random and the head writes letters only, so
+that each token is a piece of the stream. The clients run in the process that measures, on the same cores; they note
+when bytes come and read them afterwards.
 
 tokens_per_s: of all clients, by the clock. cpu_ms_per_token: of all threads of the server, which other work on the
 machine changes least, and of the clients. first_ms, between_ms: time to the first token, and between two of a stream.

@@ -255,7 +255,7 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator
 def encode_pieces(pieces: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence[int]]:
     """Token ids of each piece of a document; of None, which stands after the last piece, an end token."""
     pieces = iter(pieces)
-    if gives_bytes(tokenizer):  # which needs no asking
+    if gives_bytes(tokenizer):  # the text itself, without asking the tokenizer
         end = [tokenizer.eos_token_id]
         yield from (end if piece is None else np.frombuffer(piece.encode(), np.uint8) for piece in pieces)
     while batch := list(islice(pieces, PIECES_AT_ONCE)):
