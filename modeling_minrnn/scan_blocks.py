@@ -265,20 +265,6 @@ def _kept(share: Tensor) -> Tensor:
     return share - share.floor()
 
 
-def _flow(share: Tensor, upstream: Tensor, carry: Tensor, block: Block, solve: Callable) -> tuple[Tensor, Tensor]:
-    """The gradients of the states after each token in total, and of the one before the block.
-
-    d[t] = upstream[t] + a[t+1] * d[t+1], a linear recurrence from the right; `carry` is a * d of the block there.
-    upstream: of the outputs alone; it becomes d.
-    """
-    share = _masked(share, block.reset, 0)
-    first = last = upstream[-1] + carry
-    if len(upstream) > 1:
-        upstream[:-1], first = solve(share[1:], upstream[:-1], last, reverse=True)
-    upstream[-1] = last
-    return upstream, _kept(share[0].to(carry.dtype)) * first
-
-
 def _solve(
     terms: Convex | Linear | LogSum, block: Block, reset_state: Tensor, carry: Tensor, solve: Callable
 ) -> tuple[Tensor, Tensor]:
@@ -329,8 +315,8 @@ def _solve_backward(
 ) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """The gradients of the terms, of the state that resets return to and of the one before the block, by hand.
 
-    before: the states before each token, overwritten. upstream, carry: the gradients of the states after each, which
-    is overwritten, and of the last one from the block on the right.
+    before: the states before each token, overwritten. upstream, carry: the gradients of the states after each from the
+    outputs, overwritten, and of the last one from the block on the right.
     """
     if isinstance(terms, LogSum):
         # dL/d(L + log_decay) is a and dL/d score is 1 - a, with these log-odds.
@@ -339,28 +325,29 @@ def _solve_backward(
     else:
         gates = terms
     share, (each, frame, end) = _share(gates, block), _turns(gates, block)
-    upstream, carry = frame.turned(upstream, back=True), end.turned(carry, back=True)
-    d, d_start = _flow(share, upstream, carry, block, solve)
+    # d, of the states after each token in total: d[t] = upstream[t] + a[t+1] * d[t+1], a recurrence from the right.
+    flowing, d = _masked(share, block.reset, 0), frame.turned(upstream, back=True)
+    first = last = d[-1] + end.turned(carry, back=True)
+    if len(d) > 1:
+        d[:-1], first = solve(flowing[1:], d[:-1], last, reverse=True)
+    d[-1], d_start = last, _kept(flowing[0].to(carry.dtype)) * first
     d, d_reset_state = frame.turned(d), d_start.new_zeros(d_start.shape[-1])
     if block.reset is not None:
         d_reset_state = (each.turned(_kept(share) * d, back=True) * block.reset).sum((0, 1))
     d = _masked(d, block.padding, 0)
     if isinstance(terms, Linear):
-        return _linear_backward(terms, _kept(share) * each.turned(before), d), d_reset_state, d_start
+        kept = _kept(share) * each.turned(before)  # of h before each token
+        d_decay, d_phase = kept * d, None
+        if terms.phase is not None:
+            (real, imaginary), (d_real, d_imaginary) = kept.chunk(2, -1), d.chunk(2, -1)
+            d_decay, d_phase = torch.add(*d_decay.chunk(2, -1)), real * d_imaginary - imaginary * d_real
+        return [d_decay, d, None, d_phase], d_reset_state, d_start
     d_inflow = share.ceil().sub_(share).mul_(d)
     if isinstance(terms, LogSum):
         return [_kept(share) * d, d_inflow], d_reset_state, d_start
     # a * (1 - a) is the slope of sigmoid, to all digits from the smaller of the two.
     slope_of = torch.ops.aten.sigmoid_backward
     return [slope_of(before.neg_().add_(terms.candidate).mul_(d), share.abs()), d_inflow], d_reset_state, d_start
-
-
-def _linear_backward(terms: Linear, kept: Tensor, d: Tensor) -> list[Tensor | None]:
-    """kept: what is left of h before each token. d: the gradient of h after it."""
-    if terms.phase is None:
-        return [kept * d, d, None, None]
-    (real, imaginary), (d_real, d_imaginary) = kept.chunk(2, -1), d.chunk(2, -1)
-    return [torch.add(*(kept * d).chunk(2, -1)), d, None, real * d_imaginary - imaginary * d_real]
 
 
 # The recurrence of L: the same with additions for products, and logaddexp for additions.
