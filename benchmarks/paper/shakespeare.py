@@ -67,8 +67,7 @@ OF_EQUAL_SIZE = {
     "minGRU, linear, output gate, Muon": Contender(  # configs/shakespeare-1m.yaml
         "minGRU",
         4e-3,
-        0.01,
-        muon_every_steps=4,
+        0.03,
         sequence_length=256,
         minrnn={"candidate": "linear", "output_gate": True, "intermediate_size": 784},
     ),
