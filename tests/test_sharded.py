@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from training.optimizers import Muon, MuonAndAdamW, hidden_matrices
+from training.optimizers import MuonAndAdamW, hidden_matrices
 from training.sharded import load_shards, save_shards
 
 STEPS = 6
@@ -190,7 +190,7 @@ def losses_with_muon(folder, sizes=None):
     model = load(folder, sizes) if sizes else AutoModelForCausalLM.from_pretrained(folder).train()
     hidden = hidden_matrices(model)
     matrices, others = ([p for p in model.parameters() if (p in hidden) == wanted] for wanted in (True, False))
-    optimizer = MuonAndAdamW(Muon(matrices, 2, lr=0.05), torch.optim.AdamW(others, lr=0.02, foreach=False))
+    optimizer = MuonAndAdamW(torch.optim.Muon(matrices, lr=0.05), torch.optim.AdamW(others, lr=0.02, foreach=False))
     return losses(model, optimizer, range(STEPS))
 
 

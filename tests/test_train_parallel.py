@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small_models import assert_close
 from small_runs import losses, write_config
 from test_checkpoint import outcome, stop_at
-from test_train import MUON_IN_TURNS, ROOT, weights
+from test_train import MUON, ROOT, weights
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -217,7 +217,7 @@ def test_any_number_of_processes_goes_on(alone_and_shared, tmp_path, others):
 
 def test_muon_takes_each_matrix_as_a_whole_however_it_is_shared(setting, train_main, tmp_path):
     settings = {"train.steps": 6, "train.eval_every_steps": 3, "train.save_every_steps": 3}
-    config = setting(**SETTINGS | MUON_IN_TURNS | settings)
+    config = setting(**SETTINGS | MUON | settings)
     assert train_main(config) == 0
     alone, shared, stopped = (tmp_path / name for name in ("run", "shared", "stopped"))
     train_in_processes(2, config, f"train.output_dir={tmp_path / 'data'}")

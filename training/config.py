@@ -33,9 +33,9 @@ CHANGEABLE = {
     "train": {
         "batch_size", "betas", "bf16", "chunk_length", "compile", "context_parallel_size", "decay_steps",
         "early_stopping_patience", "eval_every_steps", "grad_clip_norm", "gradient_accumulation_steps",
-        "learning_rate", "log_every_steps", "min_learning_rate_ratio", "muon_every_steps", "muon_learning_rate",
-        "on_nonfinite", "output_dir", "sample_prompts", "sample_tokens", "save_every_steps", "schedule",
-        "sequence_length", "steps", "trackers", "warmup_steps", "weight_decay",
+        "learning_rate", "log_every_steps", "min_learning_rate_ratio", "muon_learning_rate", "on_nonfinite",
+        "output_dir", "sample_prompts", "sample_tokens", "save_every_steps", "schedule", "sequence_length", "steps",
+        "trackers", "warmup_steps", "weight_decay",
     },
     "hub": {"license", "private", "push", "repository"},
 }  # fmt: skip
@@ -202,13 +202,10 @@ class TrainConfig:
     seed: int = setting(0, "of the initial weights, the batches and dropout")
 
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "adamw, or muon: Muon for the matrices of the layers, AdamW for all else"
+        "adamw", "adamw, or muon: torch.optim.Muon for the matrices of the layers, AdamW for all else"
     )
     learning_rate: float = setting(MISSING, "of AdamW: the highest, after the warm-up")
     muon_learning_rate: float | None = setting(None, "of Muon: the highest, e.g. 0.02")
-    muon_every_steps: int = setting(
-        1, "steps from one new direction of a matrix by Muon to the next; 2: half the work where batches are small"
-    )
     schedule: Literal["cosine", "wsd"] = setting(
         "cosine",
         "after a linear warm-up cosine, down to the minimum at the last step, or wsd: constant until the last "
@@ -252,7 +249,7 @@ class TrainConfig:
 
     def check(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "sequence_length", "context_parallel_size",
-                     "chunk_length", "muon_every_steps",
+                     "chunk_length",
                      "log_every_steps", "eval_every_steps", "save_every_steps", "sample_tokens",
                      "early_stopping_patience"):  # fmt: skip
             value = getattr(self, name)

@@ -1,12 +1,11 @@
 """What steps the parameters: AdamW, or Muon for the hidden matrices with AdamW for the rest."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from .config import TrainConfig
 
@@ -27,7 +26,7 @@ def optimizer_of(groups: list[dict[str, Any]], matrices: set[nn.Parameter], trai
         for group in groups:
             group["params"] = [p for p in group["params"] if (p in matrices) == wanted]
     return MuonAndAdamW(
-        Muon([group for group in hidden if group["params"]], train.muon_every_steps),
+        Muon([group for group in hidden if group["params"]]),
         AdamW([group for group in others if group["params"]], betas=train.betas, fused=True),
     )
 
@@ -55,56 +54,6 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
     return {
         module.weight for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
-
-
-class Muon(torch.optim.Muon):
-    """torch's Muon, by which the matrices take turns: each has its direction anew every few steps.
-
-    The direction is the orthogonal matrix next to the gradients' mean, and most of what a small batch costs. Till its
-    next turn a matrix goes on in the last one, at the rate of each step. With every_steps=1 it is torch's Muon, to the
-    bit; above, it keeps the directions: one more tensor of each matrix's size.
-    """
-
-    def __init__(self, params: Any, every_steps: int = 1, **settings: Any):
-        super().__init__(params, **settings)
-        self.every_steps = every_steps
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        matrices = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for turn, (p, group) in enumerate(matrices):
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(p)
-            state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            direction = self.last_direction(state, turn)
-            if direction is None:
-                mean = p.grad.lerp(state["momentum_buffer"], group["momentum"])
-                direction = orthogonal(mean, group["ns_coefficients"], group["ns_steps"]).to(p.dtype).contiguous()
-            if self.every_steps > 1:
-                state["direction"] = direction
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1, p.shape[0] / p.shape[1])))
-
-    def last_direction(self, state: dict[str, torch.Tensor], turn: int) -> torch.Tensor | None:
-        """None where a new one is due."""
-        if self.every_steps == 1:
-            return None
-        step = state["step"] = state.get("step", torch.zeros(())) + 1
-        return None if (int(step) + turn) % self.every_steps == 0 else state.get("direction")
-
-
-def orthogonal(matrix: torch.Tensor, coefficients: tuple[float, float, float], iterations: int) -> torch.Tensor:
-    """About U V^T of a matrix U S V^T, by products in bfloat16: x = a x + (b x x^T + c (x x^T)^2) x."""
-    a, b, c = coefficients
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.bfloat16()
-    x = x.T if tall else x  # the smaller x x^T
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
 
 
 class MuonAndAdamW(Optimizer):

@@ -193,7 +193,7 @@ def shakespeare() -> str:
     return table(["", "settings", "parameters", "steps", "minutes", "held-out loss", "to reach"], lines)
 
 
-CHOSEN = ("layers", "sequence_length", "initializer_range", "muon_learning_rate", "muon_every_steps", "learning_rate")
+CHOSEN = ("layers", "sequence_length", "initializer_range", "muon_learning_rate", "learning_rate")
 
 
 def shakespeare_equal_runs() -> list[Row]:
@@ -233,7 +233,6 @@ def shakespeare_chosen() -> str:
             row["sequence_length"],
             {None: "own", "width": "1 / sqrt(width)"}.get(row["initializer_range"], row["initializer_range"]),
             row["muon_learning_rate"] or "",
-            row.get("muon_every_steps", 1) if row["muon_learning_rate"] else "",
             f"{row['learning_rate']:g}",
             f"{row['times_as_long']:.2f}",
             row["steps"],
@@ -242,7 +241,7 @@ def shakespeare_chosen() -> str:
         for row in found
         if row.get("read", "").startswith("the last tenth")
     ]
-    columns = "layers", "context", "initial weights", "Muon's rate", "every", "AdamW's", "a step, minGRU's = 1"
+    columns = "layers", "context", "initial weights", "Muon's rate", "AdamW's", "a step, minGRU's = 1"
     return table(["", *columns, "steps", "loss", "in windows"], lines)
 
 

@@ -54,7 +54,6 @@ class Contender:
     model: str
     learning_rate: float
     muon_learning_rate: float | None = None  # None: AdamW alone
-    muon_every_steps: int = 1
     layers: int = 2
     sequence_length: int = 128
     initializer_range: float | str | None = None  # of GPT-2 and Llama: None for their own, "width" for 1 / sqrt(width)
@@ -171,7 +170,6 @@ class Equal:
             optimizer="muon" if contender.muon_learning_rate else "adamw",
             learning_rate=contender.learning_rate,
             muon_learning_rate=contender.muon_learning_rate,
-            muon_every_steps=contender.muon_every_steps,
         )
         groups = parameter_groups_of(model, setting.weight_decay)
         is_minrnn = isinstance(model.model, MinRNNForCausalLM)
@@ -204,7 +202,6 @@ def tried(contender: Contender, options: Namespace) -> list[Contender]:
     given = {
         "learning_rate": options.learning_rates,
         "muon_learning_rate": options.muon_learning_rates,
-        "muon_every_steps": options.muon_every_steps,
         "layers": options.layers,
         "sequence_length": options.sequence_lengths,
         "initializer_range": options.initializer_ranges,
@@ -264,9 +261,6 @@ def main() -> None:
     flags.add_argument("--seeds", type=int, nargs="+", default=[0])
     flags.add_argument("--learning-rates", type=float, nargs="+", help="of `equal`, as all below: of AdamW")
     flags.add_argument("--muon-learning-rates", type=float, nargs="+", help="train with Muon too")
-    flags.add_argument(
-        "--muon-every-steps", type=int, nargs="+", help="from one new direction of a matrix to the next"
-    )
     flags.add_argument("--layers", type=int, nargs="+")
     flags.add_argument("--sequence-lengths", type=int, nargs="+", help="of as many tokens a step")
     flags.add_argument(
