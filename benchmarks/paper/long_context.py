@@ -16,10 +16,11 @@ passkey  a 5-digit key anywhere in a text of random letters, asked for at its en
 recall   PAIRS pairs of a letter and a digit, then each letter once more: its digit is to follow (associative recall).
          accuracy: digits, by the number of pairs, of which training has seen up to TRAINED_PAIRS.
 
-A row is a contender at one length. Runs of other than STEPS are those of a sweep.
+A row is a contender at one length. Runs of other than STEPS on the text, and those with SWEEP_SEED, are of a sweep.
 
     python -m benchmarks.paper.long_context [text passkey recall] [--only minGRU] [--seeds 0 1 2]
     python -m benchmarks.paper.long_context text --steps 200 --learning-rates 2e-3 4e-3
+    python -m benchmarks.paper.long_context passkey --seeds 100 --learning-rates 1e-2 2e-2
 """
 
 import itertools
@@ -51,6 +52,7 @@ LEARNING_RATES |= {name: LEARNING_RATES["minGRU"] for name in CELL_TYPES if name
 # For passkeys and recall: MinRNN's as on the text; Mamba's and GPT-2's are not swept.
 LEARNING_RATES_OF_QUESTIONS = LEARNING_RATES | {"Mamba": 4e-3, "GPT-2": 5e-4}
 STEPS = {"text": 1000, "passkey": 2000, "recall": 4000}
+SWEEP_SEED = 100  # of runs by which settings for questions are chosen; they are in no table
 EVALUATED, ASKED = 16, 64  # texts read for the loss at each length, and questions asked
 VOCABULARY = 258
 LETTERS, DIGITS, QUESTION = range(ord("a"), ord("z") + 1), range(ord("0"), ord("9") + 1), ord("?")
@@ -68,6 +70,12 @@ def contenders(experiment: str) -> dict[str, Callable[[], nn.Module]]:
         models["minGRU, 48 wide, state x4"] = partial(family(4).build, "minGRU", 48)
         models["minLSTM, memory 4096"] = partial(family(memory=LENGTHS[-1]).of_equal_size, "minLSTM", WIDTH)
     return models
+
+
+def rate_of(experiment: str, contender: str) -> float:
+    """The learning rate of a contender, which a variant of it has too."""
+    rates = LEARNING_RATES if experiment == "text" else LEARNING_RATES_OF_QUESTIONS
+    return rates[contender.split(",")[0]]
 
 
 # ---- Data: batches of tokens (B, T) and of what follows each (B, T), IGNORED where there is no loss
@@ -186,11 +194,10 @@ def main() -> None:
     report = Report(options)
     for experiment in options.experiments:
         steps = options.steps or STEPS[experiment]
-        of_contender = LEARNING_RATES if experiment == "text" else LEARNING_RATES_OF_QUESTIONS
         for name, build in contenders(experiment).items():
             if not report.wants(f"{experiment} {name}"):
                 continue
-            rates = options.learning_rates or [of_contender[name.split(",")[0]]]
+            rates = options.learning_rates or [rate_of(experiment, name)]
             for rate, seed in itertools.product(rates, options.seeds):
                 torch.manual_seed(seed)
                 model = build()

@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.paper import cells, long_context
 from benchmarks.paper.shakespeare import BUDGETS, OF_EQUAL_SIZE, TARGETS
-from benchmarks.paper.tasks import CONTENDERS
+from benchmarks.paper.tasks import CONTENDERS, load_setting
 from modeling_minrnn import MinRNNConfig
 from modeling_minrnn.cells import cell_of
 from modeling_minrnn.modeling_minrnn import MinRNNRecurrence
@@ -95,9 +95,12 @@ def plot_speed(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation in percent."""
-    return f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+def spread(values: list[float], count: bool = False) -> str:
+    """Mean and standard deviation in percent, with `count` of how many; nothing of none."""
+    if not values:
+        return ""
+    of_several = f" ± {100 * stdev(values):.1f}" + (f" ({len(values)})" if count else "") if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}" + of_several
 
 
 def task_runs() -> list[Row]:
@@ -255,20 +258,29 @@ def nats(losses: list[float], sign: str = "") -> str:
     return f"{rounded:{sign}.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")
 
 
+def chomsky_runs() -> list[Row]:
+    return [row for row in task_runs() if row["task"] != "selective_copying"]
+
+
 def chomsky() -> str:
-    found = [row for row in task_runs() if row["task"] != "selective_copying"]
-    names = [name for name in CONTENDERS if name in {row["contender"] for row in found}]
+    """A line for all runs of a contender with the same steps and learning rate."""
+    found = sorted(chomsky_runs(), key=lambda row: CONTENDERS.index(row["contender"]))
+    tasks = sorted({row["task"] for row in found})
     lines = []
-    for task in dict.fromkeys(row["task"] for row in found):
-        cells = [
-            [row["accuracy"] for row in found if (row["task"], row["contender"]) == (task, name)] for name in names
-        ]
-        lines.append((task.replace("_", " "), *(spread(values) if values else "not run" for values in cells)))
-    return table(["accuracy, %", *names], lines)
+    for (name, steps, rate), own in grouped(found, "contender", "steps", "learning_rate").items():
+        of_task = grouped(own, "task")
+        cells = [spread([row["accuracy"] for row in of_task.get((task,), ())], count=True) for task in tasks]
+        lines.append((name, f"{steps:,}; {rate:g}", *cells))
+    return table(["accuracy, %", "steps; rate", *(task.replace("_", " ") for task in tasks)], lines)
 
 
 def plot_chomsky(path: Path) -> None:
-    found = [row for row in task_runs() if row["task"] != "selective_copying"]
+    """Of each contender and task the longest runs with the learning rate of the settings."""
+    rate = load_setting("parity").train.learning_rate
+    found = []
+    for runs in grouped(chomsky_runs(), "task", "contender", "learning_rate").values():
+        most = max(row["steps"] for row in runs)
+        found += [row for row in runs if (row["steps"], row["learning_rate"]) == (most, rate)]
     bars(path, found, "task", "accuracy", "accuracy at lengths 40 to 256")
 
 
@@ -540,10 +552,11 @@ def plot_presets(path: Path) -> None:
 
 
 def long_context_runs(experiment: str, *key: str) -> dict[tuple, list[Row]]:
-    """Of the runs that are no sweep, in the order of the contenders."""
+    """Of the runs that are no sweep, in the order of the contenders; of the text those of STEPS alone."""
     steps, order = long_context.STEPS[experiment], list(long_context.contenders(experiment))
-    found = rows("paper_long_context", "experiment", "contender", "length", "pairs", "seed", "steps")
-    own = [row for row in found if (row["experiment"], row["steps"]) == (experiment, steps)]
+    found = rows("paper_long_context", "experiment", "contender", "length", "pairs", "seed", "steps", "learning_rate")
+    own = [row for row in found if row["experiment"] == experiment and row["seed"] != long_context.SWEEP_SEED]
+    own = [row for row in own if experiment != "text" or row["steps"] == steps]
     return grouped(sorted(own, key=lambda row: order.index(row["contender"])), *key)
 
 
@@ -567,12 +580,13 @@ def answers(experiment: str, axis: str, ats: list[int]) -> str:
     lines = [
         (
             name,
+            f"{steps:,}; {rate:g}",
             len({row["seed"] for row in own}),
             *(spread([row["accuracy"] for row in own if row[axis] == at]) for at in ats),
         )
-        for (name,), own in long_context_runs(experiment, "contender").items()
+        for (name, steps, rate), own in long_context_runs(experiment, "contender", "steps", "learning_rate").items()
     ]
-    return table([axis, "seeds", *ats], lines)
+    return table([axis, "steps; rate", "seeds", *ats], lines)
 
 
 def plot_long_context(path: Path) -> None:
@@ -582,8 +596,10 @@ def plot_long_context(path: Path) -> None:
     figure = Figure(figsize=(16, 4), layout="constrained")
     for place, (experiment, value, axis) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), place, xlabel=axis, ylabel=value, title=experiment)
-        for (name,), own in long_context_runs(experiment, "contender").items():
+        for (name, steps, rate), own in long_context_runs(experiment, "contender", "steps", "learning_rate").items():
             if value in own[0]:
+                as_others = steps == long_context.STEPS[experiment] and rate == long_context.rate_of(experiment, name)
+                name += "" if as_others else f", {steps:,} steps at {rate:g}"
                 runs = {at: at_one for (at,), at_one in grouped(own, axis).items()}
                 line = plot_means(axes, runs, value, name)
                 if value == "loss":
