@@ -264,7 +264,7 @@ def chomsky_runs() -> list[Row]:
 
 def chomsky() -> str:
     """A line for all runs of a contender with the same steps and learning rate."""
-    found = sorted(chomsky_runs(), key=lambda row: CONTENDERS.index(row["contender"]))
+    found = sorted(chomsky_runs(), key=lambda row: (CONTENDERS.index(row["contender"]), row["steps"]))
     tasks = sorted({row["task"] for row in found})
     lines = []
     for (name, steps, rate), own in grouped(found, "contender", "steps", "learning_rate").items():
