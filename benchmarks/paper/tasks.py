@@ -35,8 +35,6 @@ OWN: dict[str, dict[str, Any]] = {  # by contender, arguments of MinRNNConfig in
         "learned_initial_state": True,
     },
     "minGRU, state x8": {"expansion_factor": 8},  # of fewer columns, as parameters are equal
-    "minGRU, state x16": {"expansion_factor": 16},
-    "minGRU, linear, state x8": {"candidate": "linear", "expansion_factor": 8},
 }  # fmt: skip
 CONTENDERS = (*CELL_TYPES, *OWN, "nn.GRU", "nn.LSTM", "Mamba", "Llama")
 INITIALISATION = ("max_timescale", "initializer_range")
