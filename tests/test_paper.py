@@ -89,7 +89,7 @@ def test_a_task_is_trained_and_a_second_run_gives_the_same(run):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_setting_to_train_it(run, task):
-    rows = run(tasks, task, "--only", "minGRU", "--steps", "1", "--layers", "1")
+    rows = run(tasks, task, "--only", f"{task} minGRU 1", f"{task} signed", "--steps", "1", "--layers", "1")
     assert [row["contender"] for row in rows] == ["minGRU", "signed minGRU"]
     assert all(row["task"] == task and 0 <= row["accuracy"] <= 1 for row in rows)
 
